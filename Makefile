@@ -1,0 +1,38 @@
+# `make test` and `make demo` set up everything they need in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: test lint types pytest compile demo report clean
+
+test: lint types pytest compile
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+# Everything that runs in Triton's interpreter.
+pytest: .venv/installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not aot"
+
+# Everything that needs compiled kernels: ahead of time, and on the GPU if there is one.
+compile: .venv/installed
+	$(BIN)/python -m pytest -q -m "aot or gpu"
+
+demo: .venv/installed
+	$(BIN)/python -m lstm_triton.recipes.char_lm --out demo
+
+report: .venv/installed
+	$(BIN)/python perf/compile_report.py
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
