@@ -1,0 +1,83 @@
+"""How programs of one launch hand each other a tile per step: publish and collect.
+
+The tile that crosses is a row block of a sequence buffer that has to be written anyway (`out` in
+the forward pass, `dgates` in the backward one). An address is written once per launch, so nothing
+stale can be met and no buffer is reused. `PROTOCOL` is one of
+
+- "none": what is collected was complete before this launch began.
+- "flags": a program stores its tile, then raises its own flag to the number of steps it has
+  published; consumers poll the flags of their batch tile only.
+  Buffer: flags [D, batch tiles, hidden tiles] int32, zeroed by the launcher for every launch.
+- "mailbox": the data is its own flag. The launcher fills the buffer with EMPTY, a bit pattern
+  that no published value has; consumers re-read a tile until the pattern is gone.
+
+Both spin, so a launch that uses one of them is cooperative.
+"""
+
+import triton
+import triton.language as tl
+
+# All bits set: a NaN in every IEEE type, and the one value that `publishable` never returns.
+EMPTY = tl.constexpr(-1)
+
+
+@triton.jit
+def publishable(x, dtype: tl.constexpr):
+    """x in the type it is stored in; a NaN that would read as EMPTY becomes another NaN.
+
+    Tested on the bits that are stored: no assumption on which NaN a cast produces.
+    """
+    WORD: tl.constexpr = tl.core.get_int_dtype(dtype.primitive_bitwidth, True)
+    OTHER_NAN: tl.constexpr = 2 ** (dtype.primitive_bitwidth - 1) - 1
+    bits = x.to(dtype).to(WORD, bitcast=True)
+    return tl.where(bits == EMPTY, OTHER_NAN, bits).to(dtype, bitcast=True)
+
+
+@triton.jit
+def raise_flag(flags, tile, steps, PROTOCOL: tl.constexpr):
+    """Tell the others that this program (`tile` of its batch tile) has stored `steps` steps."""
+    if PROTOCOL == "flags":
+        # Every warp must have stored its part before one thread releases the flag; up to
+        # Triton 3.8 nothing else puts a barrier between a store and a release atomic.
+        tl.debug_barrier()
+        tl.atomic_xchg(flags + tile, steps, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_flags(flags, steps, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
+    """Return once all TILES programs of this batch tile have published `steps` steps."""
+    if PROTOCOL == "flags":
+        tile = tl.arange(0, TILES_POW2)
+        present = tile < TILES
+        # The loops carry scalars: Triton 3.7 fails to compile one that carries a tensor of flags.
+        least = tl.min(tl.load(flags + tile, mask=present, other=steps, volatile=True))
+        while least < steps:
+            least = tl.min(tl.load(flags + tile, mask=present, other=steps, volatile=True))
+        # Those polls are relaxed; an acquiring read of each flag orders the loads that follow.
+        least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), steps))
+        while least < steps:
+            least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), steps))
+        tl.debug_barrier()
+
+
+@triton.jit
+def collect(ptrs, mask, waiting, PROTOCOL: tl.constexpr):
+    """Load a tile that other programs publish.
+
+    `waiting` says which elements come from this launch (a mailbox must not be awaited where the
+    pointers lead to an initial or reset state); masked elements are 0.
+    """
+    if PROTOCOL == "mailbox":
+        dtype: tl.constexpr = ptrs.dtype.element_ty
+        WORD: tl.constexpr = tl.core.get_int_dtype(dtype.primitive_bitwidth, True)
+        words = ptrs.to(tl.pointer_type(WORD), bitcast=True)
+        bits = tl.load(words, mask=mask, other=0, volatile=True)
+        while tl.max(((bits == EMPTY) & waiting).to(tl.int32)) != 0:
+            bits = tl.load(words, mask=mask, other=0, volatile=True)
+        tile = bits.to(dtype, bitcast=True)
+    elif PROTOCOL == "flags":
+        # ".cg" reads L2, past an L1 line that may have been filled before the data was there.
+        tile = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        tile = tl.load(ptrs, mask=mask, other=0.0)
+    return tile

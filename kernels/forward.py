@@ -1,0 +1,214 @@
+"""Forward recurrence: gates_t = xp_t + h_{t-1} W_hh^T, then the cell, for all T steps.
+
+Buffers (layouts in tiles.py; T*B rows):
+- gates [rows, D, 4, H]: holds xp = x W_ih^T + bias on entry. With SAVE the activated gates i, f,
+  g, o overwrite it; each program owns its tile, so nobody else reads what it overwrites.
+- out [rows, D, H]: h_t, written once; with an exchange also what programs hand each other.
+- cells [rows, D, H]: c_t, written with SAVE only.
+- h_n, c_n [D, B, H]: the last state of each row.
+- carry_h, carry_c [D, B, H] in the compute type: state between launches, `stepwise` only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .cell import lstm_forward_step
+from .config import Config, Layout
+from .exchange import await_flags, publishable, raise_flag
+from .launch import Launcher, compute_dtype, run
+from .product import multiply, recurrent_product, resident_weights, zero_product
+from .tiles import RUNTIME_SIZES, per_row, per_unit, restarts, split_gates, time_of
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def lstm_forward_kernel(
+    gates,  # [rows, D, 4, H]
+    w_hh,  # [D, 4H, H]
+    h_0,  # [D, B, H] or None: zeros
+    c_0,  # [D, B, H] or None
+    reset_h,  # [D, B, H] or None: zeros
+    reset_c,  # [D, B, H] or None
+    out,  # [rows, D, H]
+    cells,  # [rows, D, H] or None
+    h_n,  # [D, B, H]
+    c_n,  # [D, B, H]
+    carry_h,  # [D, B, H] or None
+    carry_c,  # [D, B, H] or None
+    lengths,  # [B] int32 or None
+    reset,  # [rows] uint8 or None
+    flags,  # [D, batch tiles, hidden tiles] int32 or None
+    batch,
+    seq_len,
+    row_stride_t,
+    row_stride_b,
+    first_tile,  # first batch tile of this launch
+    step_begin,
+    step_end,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAVE: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps [step_begin, step_end)."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    dtype: tl.constexpr = out.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    hidden_tile = tl.program_id(0)
+    batch_tile = first_tile + tl.program_id(1)
+    direction = tl.program_id(2)
+    reverse = direction == 1
+
+    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    unit = hidden_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_batch = b < batch
+    owned = per_row(in_batch, UNITS_FIRST) & per_unit(unit < H, UNITS_FIRST)
+    state = per_row((direction * batch + b) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+    length = tl.zeros([BLOCK_B], tl.int32) + seq_len
+    if lengths is not None:
+        length = tl.load(lengths + b, mask=in_batch, other=0).to(tl.int32)
+    if flags is not None:
+        flags += (direction * tl.cdiv(batch, BLOCK_B) + batch_tile) * TILES
+
+    h = tl.zeros(owned.shape, compute)
+    c = tl.zeros(owned.shape, compute)
+    if PLACEMENT == "stepwise":
+        h = tl.load(carry_h + state, mask=owned, other=0.0)
+        c = tl.load(carry_c + state, mask=owned, other=0.0)
+    elif h_0 is not None:
+        h = tl.load(h_0 + state, mask=owned, other=0.0).to(compute)
+        c = tl.load(c_0 + state, mask=owned, other=0.0).to(compute)
+
+    w_hh += direction * 4 * H * H
+    weights = ()
+    if RESIDENT:
+        weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
+
+    for step in range(step_begin, step_end):
+        active = step < length
+        rows = time_of(step, length, reverse) * row_stride_t + b * row_stride_b
+        restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
+        # The projected input does not depend on the others: ask for it before waiting for them.
+        gate = gates + per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+        x_i = tl.load(gate, mask=owned, other=0.0)
+        x_f = tl.load(gate + H, mask=owned, other=0.0)
+        x_g = tl.load(gate + 2 * H, mask=owned, other=0.0)
+        x_o = tl.load(gate + 3 * H, mask=owned, other=0.0)
+
+        c_prev = c
+        if reset is not None:
+            fresh = per_row(restart, UNITS_FIRST) & owned
+            if reset_c is None:
+                c_prev = tl.where(fresh, 0.0, c)
+            else:
+                c_prev = tl.where(fresh, tl.load(reset_c + state, mask=fresh, other=0.0).to(compute), c)
+        if PLACEMENT == "local":
+            h_prev = h
+            if reset is not None:
+                if reset_h is None:
+                    h_prev = tl.where(fresh, 0.0, h)
+                else:
+                    h_prev = tl.where(fresh, tl.load(reset_h + state, mask=fresh, other=0.0).to(compute), h)
+            acc = zero_product(4 * BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
+            acc = multiply(h_prev.to(dtype), weights[0], acc, UNITS_FIRST, False, PRECISION)
+        else:
+            # Row by row: the output one step ago, the initial state, or the reset state.
+            before = time_of(step - 1, length, reverse) * row_stride_t + b * row_stride_b
+            source = out + (before * D + direction) * H
+            waiting = in_batch & (step > 0) & (restart == 0)
+            readable = waiting
+            if h_0 is not None:
+                start = in_batch & (step == 0) & (restart == 0)
+                source = tl.where(start, h_0 + (direction * batch + b) * H, source)
+                readable = readable | start
+            if reset_h is not None:
+                source = tl.where(restart, reset_h + (direction * batch + b) * H, source)
+                readable = readable | restart
+            await_flags(flags, step, TILES, triton.next_power_of_2(TILES), PROTOCOL)
+            acc = recurrent_product(
+                source, readable, waiting, weights, w_hh, unit, compute, H, False, PRECISION,
+                PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
+
+        a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
+        i, f, g, o, c_new, h_new = lstm_forward_step(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev)
+        live = per_row(active, UNITS_FIRST)
+        c = tl.where(live, c_new, c)
+        h = tl.where(live, h_new, h)
+        sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+        h_t = publishable(tl.where(live, h_new, 0.0), dtype)
+        tl.store(out + sequence, h_t, mask=owned)
+        raise_flag(flags, hidden_tile, step + 1, PROTOCOL)
+        if SAVE:
+            tl.store(gate, i.to(dtype), mask=owned)
+            tl.store(gate + H, f.to(dtype), mask=owned)
+            tl.store(gate + 2 * H, g.to(dtype), mask=owned)
+            tl.store(gate + 3 * H, o.to(dtype), mask=owned)
+            tl.store(cells + sequence, c.to(dtype), mask=owned)
+
+    if PLACEMENT == "stepwise":
+        tl.store(carry_h + state, h, mask=owned)
+        tl.store(carry_c + state, c, mask=owned)
+    tl.store(h_n + state, h.to(dtype), mask=owned)
+    tl.store(c_n + state, c.to(dtype), mask=owned)
+
+
+def lstm_forward(
+    gates: torch.Tensor,
+    w_hh: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    layout: Layout,
+    config: Config,
+    precision: str,
+    save: bool,
+    lengths: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    reset_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    launch: Launcher = run,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run the forward recurrence of one layer -> out [rows, D, H], h_n, c_n [D, B, H], cells or None.
+
+    gates [rows, D, 4H] is consumed: with `save` it holds the activated gates afterwards. All
+    tensors are contiguous and of one floating type; lengths [B] int32, reset [rows] bool.
+    """
+    directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
+    out = gates.new_empty((layout.rows, directions, hidden_size))
+    h_n = gates.new_empty((directions, layout.batch, hidden_size))
+    c_n = torch.empty_like(h_n)
+    cells = torch.empty_like(out) if save else None
+    h_0, c_0 = state if state is not None else (None, None)
+    reset_h, reset_c = reset_state if reset_state is not None else (None, None)
+    carry_h = carry_c = None
+    if config.placement == "stepwise":
+        carry = {"dtype": compute_dtype(gates.dtype), "memory_format": torch.contiguous_format, "copy": True}
+        carry_h = torch.zeros_like(h_n, dtype=compute_dtype(gates.dtype)) if h_0 is None else h_0.to(**carry)
+        carry_c = torch.zeros_like(carry_h) if c_0 is None else c_0.to(**carry)
+    arguments = {
+        "gates": gates,
+        "w_hh": w_hh,
+        "h_0": h_0,
+        "c_0": c_0,
+        "reset_h": reset_h,
+        "reset_c": reset_c,
+        "out": out,
+        "cells": cells,
+        "h_n": h_n,
+        "c_n": c_n,
+        "carry_h": carry_h,
+        "carry_c": carry_c,
+        "lengths": lengths,
+        "reset": None if reset is None else reset.view(torch.uint8),
+        "SAVE": save,
+    }
+    launch(lstm_forward_kernel, config, layout, hidden_size, directions, precision, out, False, arguments)
+    return out, h_n, c_n, cells

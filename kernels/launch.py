@@ -1,0 +1,108 @@
+"""Launching a recurrence: grids, waves of batch tiles, exchange buffers, the device guard."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+from .config import Config, Layout
+
+Launcher = Callable[..., None]  # the signature of `run`
+
+MOST_TILES = 65_535  # CUDA's limit for the second grid axis
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of every accumulator: fp32, or fp64 for fp64 data."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether Triton runs this kernel in its interpreter (TRITON_INTERPRET=1 when it was defined)."""
+    return not isinstance(kernel, triton.runtime.JITFunction)
+
+
+def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[int, int, int, int]]:
+    """(first batch tile, batch tiles, first step, end step) of every launch, in order."""
+    tiles = triton.cdiv(layout.batch, config.block_b)
+    wave = min(config.max_batch_tiles or MOST_TILES, MOST_TILES)
+    steps: Iterable[tuple[int, int]] = [(0, layout.seq_len)]
+    if config.placement == "stepwise":
+        order = range(layout.seq_len - 1, -1, -1) if backward else range(layout.seq_len)
+        steps = ((step, step + 1) for step in order)
+    for begin, end in steps:
+        for first in range(0, tiles, wave):
+            yield first, min(wave, tiles - first), begin, end
+
+
+def constants(config: Config, hidden_size: int, directions: int, precision: str) -> dict[str, Any]:
+    """The compile-time arguments that both recurrences share."""
+    return {
+        "H": hidden_size,
+        "D": directions,
+        "PRECISION": precision,
+        "PLACEMENT": config.placement,
+        "PROTOCOL": config.protocol,
+        "RESIDENT": config.resident,
+        "UNITS_FIRST": config.units_first,
+        "SPLIT_K": config.split_k,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
+    }
+
+
+def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
+    """Triton's options for a config."""
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.protocol != "none":
+        options["launch_cooperative_grid"] = True
+    if nvidia:
+        # One program per multiprocessor: nothing is won by the few registers fewer, at the price of
+        # a spill, that ptxas aims at when it is not told.
+        options["maxnreg"] = 255
+    return options
+
+
+def run(
+    kernel: Any,
+    config: Config,
+    layout: Layout,
+    hidden_size: int,
+    directions: int,
+    precision: str,
+    exchanged: torch.Tensor,
+    backward: bool,
+    arguments: dict[str, Any],
+) -> None:
+    """Run one pass of the recurrence; `exchanged` is the buffer that programs hand each other."""
+    hidden_tiles = triton.cdiv(hidden_size, config.block_h)
+    flags = None
+    if config.protocol == "flags":
+        batch_tiles = triton.cdiv(layout.batch, config.block_b)
+        flags = exchanged.new_zeros((directions, batch_tiles, hidden_tiles), dtype=torch.int32)
+    elif config.protocol == "mailbox":
+        exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
+    options = compile_options(config, nvidia=torch.version.hip is None)
+    fixed = constants(config, hidden_size, directions, precision)
+    device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
+    with device:
+        for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
+            kernel[(hidden_tiles, tiles, directions)](
+                **arguments,
+                **fixed,
+                **options,
+                flags=flags,
+                batch=layout.batch,
+                seq_len=layout.seq_len,
+                row_stride_t=layout.stride_t,
+                row_stride_b=layout.stride_b,
+                first_tile=first_tile,
+                step_begin=step_begin,
+                step_end=step_end,
+            )

@@ -1,0 +1,167 @@
+"""The recurrent product: a tile of h (or dgates) times the slice of W_hh that a program owns.
+
+Forward: depth H, width 4 * BLOCK_H, h_{t-1} W_hh^T for four gates of BLOCK_H units.
+Backward: depth 4H, width BLOCK_H, dgates_{t+1} W_hh.
+
+Three ways to lay it on the matrix unit:
+- UNITS_FIRST: dot(weights [width, K], tile [K, BLOCK_B]); the weights fill the wide M axis at a
+  small batch tile, so wgmma serves BLOCK_B = 16.
+- not UNITS_FIRST: dot(tile [BLOCK_B, K], weights [K, width]).
+- SPLIT_K > 1: the same as a batched dot over SPLIT_K slices of the depth, one per warp, and a sum.
+  A narrow product (16 x 16 x 4096) would otherwise be one long chain that every warp repeats.
+
+The depth comes in chunks of BLOCK_K: the tile is in registers on its way to the dot, and a whole
+row block would not fit. RESIDENT weights are a tuple of chunks loaded before the time loop; the
+compiler keeps each in shared memory (or registers) for all steps.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import collect
+
+
+@triton.jit
+def depth_of(chunk, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Depth indices of a chunk: [BLOCK_K], or [SPLIT_K, BLOCK_K / SPLIT_K]."""
+    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K // SPLIT_K)
+    if SPLIT_K > 1:
+        # Not a reshape: that would hide from the compiler that k is contiguous.
+        return k[None, :] + (tl.arange(0, SPLIT_K) * (BLOCK_K // SPLIT_K))[:, None]
+    else:
+        return k
+
+
+@triton.jit
+def load_weights(w_hh, unit, k, H: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr):
+    """The chunk `k` of the weights of `unit` [BLOCK_H] as it lies in W_hh [4H, H].
+
+    Forward: [.., 4 * BLOCK_H, K], rows (unit, gate) with gate fastest. Backward: [.., K, BLOCK_H].
+    """
+    k = tl.expand_dims(k, -1) if BACKWARD else tl.expand_dims(k, -2)
+    if BACKWARD:
+        mask = (k < 4 * H) & (unit < H)
+        return tl.load(w_hh + k * H + unit, mask=mask, other=0.0)
+    else:
+        lane = tl.arange(0, 4 * BLOCK_H)
+        row_unit = tl.min(unit, axis=0) + lane // 4
+        row = (lane % 4) * H + row_unit
+        mask = (row_unit < H)[:, None] & (k < H)
+        return tl.load(w_hh + row[:, None] * H + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, WEIGHTS_BY_DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    """acc += the product; WEIGHTS_BY_DEPTH says that w is [.., K, width] and not [.., width, K]."""
+    if UNITS_FIRST == WEIGHTS_BY_DEPTH:
+        w = tl.trans(w) if len(w.shape) == 2 else tl.permute(w, (0, 2, 1))
+    if UNITS_FIRST:
+        return tl.dot(w, tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    else:
+        return tl.dot(tile, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def zero_product(
+    WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, UNITS_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, dtype: tl.constexpr
+):
+    if SPLIT_K > 1:
+        return tl.zeros([SPLIT_K, BLOCK_B, WIDTH], dtype)
+    elif UNITS_FIRST:
+        return tl.zeros([WIDTH, BLOCK_B], dtype)
+    else:
+        return tl.zeros([BLOCK_B, WIDTH], dtype)
+
+
+@triton.jit
+def resident_weights(
+    w_hh,
+    unit,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Every chunk of this program's weights, as a tuple."""
+    DEPTH: tl.constexpr = 4 * H if BACKWARD else H
+    weights = ()
+    for chunk in tl.static_range((DEPTH + BLOCK_K - 1) // BLOCK_K):
+        weights = weights + (load_weights(w_hh, unit, depth_of(chunk, BLOCK_K, SPLIT_K), H, BLOCK_H, BACKWARD),)
+    return weights
+
+
+@triton.jit
+def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Backward weights of a program that owns every unit: one [BLOCK_H, BLOCK_H] chunk per gate."""
+    lane = tl.arange(0, BLOCK_H)
+    weights = ()
+    for gate in tl.static_range(4):
+        k = tl.where(lane < H, gate * H + lane, 4 * H)  # 4H and up is masked
+        weights = weights + (load_weights(w_hh, unit, k, H, BLOCK_H, True),)
+    return weights
+
+
+@triton.jit
+def collect_chunk(
+    source,
+    readable,
+    waiting,
+    k,
+    DEPTH: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+):
+    """Depth k of the rows that `source` [BLOCK_B] points to; rows that are not `readable` are 0."""
+    k = tl.expand_dims(k, -2)
+    tile = collect(source[:, None] + k, readable[:, None] & (k < DEPTH), waiting[:, None], PROTOCOL)
+    if UNITS_FIRST:
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
+def recurrent_product(
+    source,  # [BLOCK_B] pointers to rows of DEPTH values
+    readable,  # [BLOCK_B] bool
+    waiting,  # [BLOCK_B] bool: rows that this launch publishes
+    weights,  # tuple of chunks, empty unless RESIDENT
+    w_hh,
+    unit,
+    compute: tl.constexpr,
+    H: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The product over the whole depth: [BLOCK_B, width], or [width, BLOCK_B] with UNITS_FIRST."""
+    DEPTH: tl.constexpr = 4 * H if BACKWARD else H
+    CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
+    acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
+    if RESIDENT:
+        for chunk in tl.static_range(CHUNKS):
+            k = depth_of(chunk, BLOCK_K, SPLIT_K)
+            tile = collect_chunk(source, readable, waiting, k, DEPTH, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, BACKWARD, PRECISION)
+    else:
+        for chunk in range(CHUNKS):
+            k = depth_of(chunk, BLOCK_K, SPLIT_K)
+            w = load_weights(w_hh, unit, k, H, BLOCK_H, BACKWARD)
+            tile = collect_chunk(source, readable, waiting, k, DEPTH, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            acc = multiply(tile, w, acc, UNITS_FIRST, BACKWARD, PRECISION)
+    if SPLIT_K > 1:
+        # Sum the slices. The last two come apart by tl.split, which also moves the result from the
+        # dot's register layout into the plain one that the cell update is loaded in; without it
+        # every tile of the update is converted instead (53 block barriers a step against 25).
+        pair = tl.sum(tl.reshape(acc, (2, SPLIT_K // 2, BLOCK_B, WIDTH)), axis=1)
+        low, high = tl.split(tl.permute(pair, (1, 2, 0)))
+        acc = low + high
+    return acc

@@ -1,0 +1,69 @@
+"""Where things are: tile axes, time and row indices, and how four gates share one dot.
+
+A state tile is [BLOCK_B, BLOCK_H], or [BLOCK_H, BLOCK_B] when UNITS_FIRST: then the weights are
+the first operand of the dot, which keeps them on the wide axis of the matrix unit at small batch.
+
+Sequence buffers are row major: row(t, b) = t * row_stride_t + b * row_stride_b, (B, 1) for
+time-major and (1, T) for batch-first, followed by [D, 4, H] (gates, dgates) or [D, H] (out, cells,
+dout). Rows are int64: T * B * 4H may pass 2^31. State buffers are [D, B, H].
+"""
+
+import triton
+import triton.language as tl
+
+# Never part of a binary: no size of a batch, a sequence or a launch compiles anything anew.
+RUNTIME_SIZES = ["batch", "seq_len", "row_stride_t", "row_stride_b", "first_tile", "step_begin", "step_end"]
+
+
+@triton.jit
+def per_row(v, UNITS_FIRST: tl.constexpr):
+    """[BLOCK_B] -> broadcasts over the units of a state tile."""
+    if UNITS_FIRST:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def per_unit(v, UNITS_FIRST: tl.constexpr):
+    """[BLOCK_H] -> broadcasts over the batch rows of a state tile."""
+    if UNITS_FIRST:
+        return v[:, None]
+    else:
+        return v[None, :]
+
+
+@triton.jit
+def time_of(step, length, reverse):
+    """Time index that each row handles at `step`: a bijection of [0, T) onto itself.
+
+    The reverse direction starts at each row's true end; steps beyond it visit the padding.
+    """
+    return tl.where(reverse & (step < length), length - 1 - step, step)
+
+
+@triton.jit
+def restarts(reset_ptr, step, length, rows, valid, reverse, row_stride_t):
+    """[BLOCK_B] bool: rows whose state is reset before `step`.
+
+    reset[t] separates t - 1 from t, so the reverse direction restarts before t - 1.
+    """
+    if reset_ptr is None:
+        return valid & False
+    else:
+        mark = valid & (step < length) & ((step > 0) | (reverse == 0))
+        shift = reverse.to(tl.int64) * row_stride_t
+        return tl.load(reset_ptr + rows + shift, mask=mark, other=0) != 0
+
+
+@triton.jit
+def split_gates(acc, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr):
+    """Rows (columns) of `acc` run over (unit, gate), gate fastest -> four state tiles i, f, g, o."""
+    if UNITS_FIRST:
+        quad = tl.permute(tl.reshape(acc, (BLOCK_H, 2, 2, BLOCK_B)), (0, 3, 1, 2))
+    else:
+        quad = tl.reshape(acc, (BLOCK_B, BLOCK_H, 2, 2))
+    i_g, f_o = tl.split(quad)
+    i, g = tl.split(i_g)
+    f, o = tl.split(f_o)
+    return i, f, g, o
