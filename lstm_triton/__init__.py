@@ -1,0 +1,11 @@
+"""lstm_triton: an LSTM for PyTorch whose recurrence is one persistent Triton kernel.
+
+from lstm_triton import LSTM  # in place of torch.nn.LSTM
+"""
+
+from . import functional
+from ._version import __version__
+from .explain import explain
+from .module import LSTM, LSTMCell
+
+__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "functional"]

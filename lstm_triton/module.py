@@ -1,0 +1,234 @@
+"""`LSTM` and `LSTMCell`: drop-in replacements of `torch.nn.LSTM` and `torch.nn.LSTMCell`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .routing import BACKENDS, PRECISIONS, compute_dtype, kernel_refusal
+
+State = tuple[Tensor, Tensor]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got: {value!r}")
+
+
+class LSTM(nn.RNNBase):
+    """A multi-layer LSTM with the constructor, parameters and results of `torch.nn.LSTM`.
+
+    On a CUDA device the recurrence runs in one persistent Triton kernel per layer and pass; where
+    the kernels do not apply the call takes PyTorch's own LSTM, for a reason that
+    `lstm_triton.explain(module, input)` prints. State dicts go both ways, and the same seed gives
+    the same initial weights.
+
+    Args: those of `torch.nn.LSTM`, and keyword-only
+        backend: "auto" uses the kernels where they run and PyTorch elsewhere; "triton" raises
+            RuntimeError with the reason where they do not; "torch" never uses them.
+        precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; None follows
+            `torch.backends.cudnn`, as nn.LSTM does.
+
+    It is no subclass of nn.LSTM: TorchDynamo refuses to trace those.
+    """
+
+    # nn.LSTM's own checks, as they are: they only use what RNNBase has.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+    _forward_by_torch: Any = nn.LSTM.forward
+
+    def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
+        _check_choice("backend", backend, BACKENDS)
+        if precision is not None:
+            _check_choice("precision", precision, PRECISIONS)
+        self.backend = backend
+        self.precision = precision
+        super().__init__("LSTM", *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"backend": "auto", "precision": None, **state})
+
+    def flatten_parameters(self) -> None:
+        """Nothing, unless backend="torch": only cuDNN wants its weights in one piece."""
+        if self.backend == "torch":
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.backend != "auto":
+            text += f", backend={self.backend}"
+        if self.precision is not None:
+            text += f", precision={self.precision}"
+        return text
+
+    def refusal(self, input: Tensor) -> str:
+        """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
+        return kernel_refusal(
+            self.backend,
+            input.device.type,
+            input.device.index,
+            compute_dtype(input.device.type, self.weight_ih_l0.dtype),  # type: ignore[arg-type]
+            self.precision or "",
+            self.hidden_size,
+            2 if self.bidirectional else 1,
+            self.proj_size,
+        )
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run the LSTM.
+
+        Args:
+            input: [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size]
+                unbatched, or a PackedSequence.
+            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), zeros if None; without the batch
+                dimension for unbatched input.
+            lengths, reset: see `functional.lstm`; for batched tensors only.
+
+        Returns:
+            output and (h_n, c_n), shaped as nn.LSTM shapes them.
+        """
+        packed = isinstance(input, PackedSequence)
+        if self.refusal(input.data if packed else input) and lengths is None and reset is None:  # type: ignore[arg-type]
+            return self._forward_by_torch(input, hx)
+        if packed:
+            if lengths is not None or reset is not None:
+                raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
+            return self._forward_packed(input, hx)  # type: ignore[arg-type]
+        return self._forward_padded(input, hx, lengths, reset)  # type: ignore[arg-type]
+
+    def _forward_padded(
+        self, input: Tensor, hx: State | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        self._update_flat_weights()
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            if lengths is not None or reset is not None:
+                raise ValueError("lengths= and reset= go with batched 3-D input, got 2-D input")
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            self.check_input(input, None)
+        else:
+            dims = 3 if batched else 2
+            if hx[0].dim() != dims or hx[1].dim() != dims:
+                raise RuntimeError(
+                    f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should "
+                    f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            self.check_forward_args(input, hx, None)
+        output, h_n, c_n = self._run(input, hx, self.batch_first, lengths, reset)
+        if not batched:
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+        return output, (h_n, c_n)
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        self._update_flat_weights()
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self.check_input(data, batch_sizes)
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_forward_args(data, hx, batch_sizes)
+        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
+        output, h_n, c_n = self._run(padded, hx, False, lengths, None)
+        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
+        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return result, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _run(
+        self, input: Tensor, hx: State | None, batch_first: bool, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.proj_size:
+            raise RuntimeError("lengths= and reset= are not supported with proj_size: neither path has both")
+        return functional.lstm(
+            input,
+            hx,
+            self._flat_weights,  # type: ignore[arg-type]
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=batch_first,
+            lengths=lengths,
+            reset=reset,
+            backend=self.backend,
+            precision=self.precision or "",
+        )
+
+
+class LSTMCell(nn.LSTMCell):
+    """One LSTM step with the constructor, parameters and results of `torch.nn.LSTMCell`.
+
+    Args: those of `torch.nn.LSTMCell`, and keyword-only backend and precision as for `LSTM`.
+    """
+
+    def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
+        _check_choice("backend", backend, BACKENDS)
+        if precision is not None:
+            _check_choice("precision", precision, PRECISIONS)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+        self.precision = precision
+
+    def refusal(self, input: Tensor) -> str:
+        """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
+        dtype = compute_dtype(input.device.type, self.weight_ih.dtype)
+        return kernel_refusal(
+            self.backend, input.device.type, input.device.index, dtype, self.precision or "", self.hidden_size, 1, 0
+        )
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """input [B, input_size] or [input_size], hx = (h, c) each [B, H] or [H] -> (h', c')."""
+        if self.refusal(input):
+            return super().forward(input, hx)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for index, value in enumerate(hx or ()):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
+        self._check_sizes(input, hx)
+        batched = input.dim() == 2
+        state = None
+        if hx is not None:
+            state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            state = (state[0].unsqueeze(0), state[1].unsqueeze(0))
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        _, h, c = functional.lstm(
+            input.unsqueeze(0) if batched else input.unsqueeze(0).unsqueeze(0),
+            state,
+            weights,
+            bias=self.bias,
+            backend=self.backend,
+            precision=self.precision or "",
+        )
+        return (h[0], c[0]) if batched else (h[0, 0], c[0, 0])
+
+    def _check_sizes(self, input: Tensor, hx: State | None) -> None:
+        """Raise what aten's lstm_cell raises."""
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
+        for index, value in enumerate(hx or ()):
+            if input.dim() == 2 and value.dim() == 2 and value.shape[0] != input.shape[0]:
+                raise RuntimeError(
+                    f"Input batch size {input.shape[0]} doesn't match hidden{index} batch size {value.shape[0]}"
+                )
+            if value.shape[-1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {value.shape[-1]}, expected {self.hidden_size}"
+                )

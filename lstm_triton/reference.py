@@ -1,0 +1,203 @@
+"""The specification: one LSTM layer in plain PyTorch, forward and a hand-written backward.
+
+Any floating type, any device, every feature that the kernels carry, no speed. The maths of
+Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000), in PyTorch's gate
+order i, f, g, o:
+
+    a_t = x_t W_ih^T + h_{t-1} W_hh^T + bias
+    i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
+    c_t = f * c_{t-1} + i * g;         h_t = o * tanh(c_t)
+
+Shapes: x [T, B, I] (or [B, T, I]), w_ih [D, 4H, I], w_hh [D, 4H, H], bias [D, 4H] or None, states
+[D, B, H], out [T, B, D * H]. Direction 1 runs from each row's last step to its first.
+
+lengths [B] (int): row b has lengths[b] steps; beyond them its state stands still, its outputs are
+0 and nothing reaches its inputs. A row of length 0 returns its initial state.
+reset [T, B] (bool): before step t the state of a marked row becomes zero, or the reset state. The
+mark separates t - 1 from t, so direction 1 restarts before t - 1: a row is then a concatenation of
+independent segments in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads: per step, in the order of computation, [T, D, B, ...]."""
+
+    gates: Tensor  # [T, D, B, 4, H], activated
+    cells: Tensor  # [T, D, B, H]
+
+
+class Gradients(NamedTuple):
+    x: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    bias: Tensor
+    h_0: Tensor
+    c_0: Tensor
+    reset_h: Tensor
+    reset_c: Tensor
+
+
+def cell_forward(a: Tensor, c_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations a [..., 4, H] and c_{t-1} -> activated gates [..., 4, H], c_t, h_t."""
+    i, f, g, o = a.unbind(-2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c_prev + i * g
+    return torch.stack((i, f, g, o), dim=-2), c, o * c.tanh()
+
+
+def cell_backward(gates: Tensor, c: Tensor, c_prev: Tensor, dh: Tensor, dc: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of h_t, c_t -> those of the pre-activations [..., 4, H] and of c_{t-1}."""
+    i, f, g, o = gates.unbind(-2)
+    tanh_c = c.tanh()
+    dc = dc + dh * o * (1 - tanh_c**2)
+    da = (dc * g * i * (1 - i), dc * c_prev * f * (1 - f), dc * i * (1 - g**2), dh * tanh_c * o * (1 - o))
+    return torch.stack(da, dim=-2), dc * f
+
+
+def _schedule(
+    seq_len: int, batch: int, directions: int, lengths: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """time[s, d, b] handled at step s by direction d of row b, and active[s, b]."""
+    step = torch.arange(seq_len, device=device).view(-1, 1, 1)
+    length = torch.full((batch,), seq_len, device=device) if lengths is None else lengths.to(device, torch.int64)
+    active = step < length
+    time = torch.where(active & (torch.arange(directions, device=device).view(1, -1, 1) == 1), length - 1 - step, step)
+    return time, active.squeeze(1)
+
+
+def _restarts(reset: Tensor | None, time: Tensor, active: Tensor) -> Tensor:
+    """[T, D, B] bool: the state is replaced before this step."""
+    fresh = torch.zeros_like(time, dtype=torch.bool)
+    if reset is None:
+        return fresh
+    seq_len, directions, batch = time.shape
+    row = torch.arange(batch, device=time.device)
+    fresh[:, 0] = reset[time[:, 0], row] & active
+    if directions == 2 and seq_len > 1:
+        fresh[1:, 1] = reset[(time[1:, 1] + 1).clamp(max=seq_len - 1), row] & active[1:]
+    return fresh
+
+
+def _state(state: State | None, like: Tensor, directions: int, batch: int, hidden_size: int) -> State:
+    if state is not None:
+        return state
+    zero = like.new_zeros((directions, batch, hidden_size))
+    return zero, zero
+
+
+def layer_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None = None,
+    state: State | None = None,
+    *,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: State | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """One layer -> out, h_n, c_n and what `layer_backward` reads. Differentiable by autograd too."""
+    if batch_first:
+        x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+    (seq_len, batch, _), (directions, hidden_size) = x.shape, (w_hh.shape[0], w_hh.shape[2])
+    time, active = _schedule(seq_len, batch, directions, lengths, x.device)
+    fresh = _restarts(reset, time, active).unsqueeze(-1)
+    reset_h, reset_c = _state(reset_state, x, directions, batch, hidden_size)
+    h, c = _state(state, x, directions, batch, hidden_size)
+    row, way = torch.arange(batch, device=x.device), torch.arange(directions, device=x.device).unsqueeze(-1)
+    if lengths is not None:
+        x = x.masked_fill(~active.unsqueeze(-1), 0)  # active by step is active by time, in both directions
+    projected = x @ w_ih.flatten(0, 1).t()
+    if bias is not None:
+        projected = projected + bias.flatten()
+    projected = projected.unflatten(-1, (directions, -1))  # [T, B, D, 4H]
+    out = [[x.new_zeros(())] * directions for _ in range(seq_len)]
+    gates, cells = [], []
+    for step in range(seq_len):
+        a = projected[time[step], row, way] + torch.where(fresh[step], reset_h, h) @ w_hh.transpose(1, 2)
+        activated, c_new, h_new = cell_forward(a.unflatten(-1, (4, hidden_size)), torch.where(fresh[step], reset_c, c))
+        live = active[step].unsqueeze(-1)
+        h, c = torch.where(live, h_new, h), torch.where(live, c_new, c)
+        for d in range(directions):
+            out[step][d] = torch.where(live, h_new[d], torch.zeros_like(h_new[d]))
+        gates.append(activated)
+        cells.append(c)
+    by_step = [torch.stack([out[s][d] for s in range(seq_len)]) for d in range(directions)]
+    # `time` maps steps to times one to one, per row and in both directions alike: it is its own inverse.
+    result = torch.cat(
+        [by_step[d].gather(0, time[:, d].unsqueeze(-1).expand_as(by_step[d])) for d in range(directions)], -1
+    )
+    if batch_first:
+        result = result.transpose(0, 1)
+    return result, h, c, Saved(torch.stack(gates), torch.stack(cells))
+
+
+def layer_backward(
+    dout: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    saved: Saved,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    out: Tensor,
+    state: State | None = None,
+    *,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: State | None = None,
+) -> Gradients:
+    """All gradients of one layer, in the order and with the hoisting that the kernels use."""
+    if batch_first:
+        x, out, dout = x.transpose(0, 1), out.transpose(0, 1), dout.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    (seq_len, batch, _), (directions, hidden_size) = x.shape, (w_hh.shape[0], w_hh.shape[2])
+    time, active = _schedule(seq_len, batch, directions, lengths, x.device)
+    fresh = _restarts(reset, time, active).unsqueeze(-1)
+    reset_h, reset_c = _state(reset_state, x, directions, batch, hidden_size)
+    h_0, c_0 = _state(state, x, directions, batch, hidden_size)
+    row, way = torch.arange(batch, device=x.device), torch.arange(directions, device=x.device).unsqueeze(-1)
+    out, dout = (v.unflatten(-1, (directions, hidden_size)) for v in (out, dout))
+    zero = torch.zeros_like(h_0)
+    dh, dc, dreset_h, dreset_c = dh_n, dc_n, zero, zero
+    grads = Gradients(
+        torch.zeros_like(x),
+        torch.zeros_like(w_ih),
+        torch.zeros_like(w_hh),
+        w_hh.new_zeros(w_hh.shape[:2]),
+        zero,
+        zero,
+        zero,
+        zero,
+    )
+    for step in reversed(range(seq_len)):
+        live, new = active[step].unsqueeze(-1), fresh[step]
+        h_prev, c_prev = h_0, c_0
+        if step > 0:
+            h_prev, c_prev = out[time[step - 1], row, way], saved.cells[step - 1]
+        h_prev, c_prev = torch.where(new, reset_h, h_prev), torch.where(new, reset_c, c_prev)
+        da, dc_prev = cell_backward(saved.gates[step], saved.cells[step], c_prev, dh + dout[time[step], row, way], dc)
+        da = torch.where(live, da.flatten(-2), 0)  # [D, B, 4H]
+        x_t = x[time[step], row].masked_fill(~live, 0)
+        grads.w_ih.add_(da.transpose(1, 2) @ x_t)
+        grads.w_hh.add_(da.transpose(1, 2) @ h_prev)
+        grads.bias.add_(da.sum(1))
+        grads.x.index_put_((time[step], row.expand(directions, -1)), da @ w_ih, accumulate=True)
+        dh_prev = da @ w_hh
+        dreset_h = dreset_h + torch.where(new, dh_prev, 0)
+        dreset_c = dreset_c + torch.where(new, dc_prev, 0)
+        dh = torch.where(live, torch.where(new, 0, dh_prev), dh)
+        dc = torch.where(live, torch.where(new, 0, dc_prev), dc)
+    dx = grads.x.transpose(0, 1) if batch_first else grads.x
+    return grads._replace(x=dx, h_0=dh, c_0=dc, reset_h=dreset_h, reset_c=dreset_c)

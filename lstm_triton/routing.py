@@ -1,0 +1,106 @@
+"""Which path a call takes, the Triton kernels or PyTorch's own LSTM, and the reason in words.
+
+The decision depends on the device, the type and the module's constructor arguments, never on a
+batch size or a sequence length, so that it is a constant of a compiled or exported model.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, lru_cache
+
+import torch
+
+from .device import INTERPRETER, Device, device_of
+from .kernels.forward import lstm_forward_kernel
+from .kernels.launch import is_interpreted
+from .planner import PASSES, NoPlan, Problem, plan, refusal
+
+BACKENDS = ("auto", "triton", "torch")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+logger = logging.getLogger("lstm_triton")
+
+
+def kernel_device(device: torch.device) -> Device | NoPlan:
+    """The device on which kernels over tensors of `device` would run, or why there is none."""
+    if is_interpreted(lstm_forward_kernel):
+        if device.type == "cpu":
+            return INTERPRETER
+        return NoPlan(f"Triton's interpreter is on (TRITON_INTERPRET=1) and takes CPU tensors, not {device.type}")
+    if device.type != "cuda":
+        return NoPlan(f"the tensors are on {device.type}: the kernels run on CUDA and ROCm devices")
+    return device_of(device)
+
+
+def resolve_precision(precision: str) -> str:
+    """The precision of float32 products: as asked, else what nn.LSTM would use on a GPU.
+
+    That is TF32 unless `torch.backends.cudnn.allow_tf32` or its `rnn.fp32_precision` says otherwise.
+    (Not read by that name: importing the module `torch.backends.cudnn.rnn` hides it.)
+    """
+    if precision:
+        return precision
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32" else "ieee"
+
+
+def compute_dtype(device_type: str, dtype: torch.dtype) -> str:
+    """The name of the type that a call computes in: autocast's if it is on, else the weights'."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    return str(dtype).removeprefix("torch.")
+
+
+def kernel_refusal(
+    backend: str,
+    device_type: str,
+    index: int | None,
+    dtype: str,
+    precision: str,
+    hidden_size: int,
+    directions: int,
+    proj_size: int,
+) -> str:
+    """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    reason = _refusal(backend, device, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
+    if reason and backend == "triton":
+        raise RuntimeError(f'backend="triton" is not possible: {reason}')
+    if reason and device_type == "cuda":
+        _log_once(reason)
+    return reason
+
+
+# A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which
+# would import TorchDynamo, a second of import time.
+kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def _refusal(
+    backend: str, device: torch.device, dtype: str, precision: str, hidden_size: int, directions: int, proj_size: int
+) -> str:
+    if backend == "torch":
+        return 'backend="torch" asks for it'
+    if proj_size > 0:
+        return "projections (proj_size) are not in the kernels: h_t would cross between programs twice a step"
+    if backend == "auto" and device.type == "cpu":
+        return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
+    target = kernel_device(device)
+    none = target if isinstance(target, NoPlan) else refusal(target, dtype, precision)
+    if none is not None:
+        return none.reason
+    assert isinstance(target, Device)
+    for which in PASSES:
+        chosen = plan(Problem(which, hidden_size, 16, directions, dtype, precision), target)
+        if isinstance(chosen, NoPlan):
+            return chosen.reason
+        if backend == "auto" and chosen.config.placement == "stepwise":
+            return (
+                f"the {which} pass would need one launch a step on {target.name}, which PyTorch's own LSTM does better"
+            )
+    return ""
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logger.info("LSTM takes PyTorch's path: %s", reason)
