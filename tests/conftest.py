@@ -1,0 +1,75 @@
+"""Test set-up. Kernels run in Triton's interpreter, unless `-m` asks for the aot or gpu tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = (config.option.markexpr or "").replace("not gpu", "").replace("not aot", "")
+    if "gpu" not in chosen and "aot" not in chosen:
+        # Triton reads this when a kernel is defined, so it must stand before the first import.
+        if "triton" in sys.modules:
+            raise pytest.UsageError("triton was imported before the tests could turn its interpreter on")
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.patch_language_once()
+        interpreter.repair_bf16()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        compiled = item.get_closest_marker("aot") or item.get_closest_marker("gpu")
+        if compiled and interpreted:
+            item.add_marker(pytest.mark.skip(reason='needs compiled kernels: run pytest -m "aot or gpu"'))
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch):
+    """Uninitialised floating memory is NaN: an output that nobody wrote cannot look right."""
+    import torch
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+        return call
+
+    from lstm_triton.kernels import backward, forward
+
+    for module in (forward, backward):
+        fake = _Torch(torch, empty_like=poisoned(torch.empty_like), empty=poisoned(torch.empty))
+        monkeypatch.setattr(module, "torch", fake)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+class _Torch:
+    """torch with some of its functions replaced, for one module only."""
+
+    def __init__(self, torch, **replaced) -> None:
+        self.__dict__.update(replaced)
+        self._torch = torch
+
+    def __getattr__(self, name: str):
+        return getattr(self._torch, name)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    import torch
+
+    torch.manual_seed(0)

@@ -1,0 +1,168 @@
+"""Triton's interpreter made fit for testing: programs that wait for each other, and bf16.
+
+`cooperative(seed)` runs the programs of a launch as greenlets that hand over at every store, every
+atomic (before and after it) and every volatile load, the next one drawn by a seeded generator.
+Triton's own interpreter runs them one after another, so a kernel whose programs exchange data
+would spin for ever.
+
+`repair_bf16()` mends two things the interpreter gets wrong: `tl.dot` multiplies bf16 bit patterns,
+and a cast to bf16 truncates where hardware rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import random
+from collections.abc import Iterator
+
+import greenlet
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+BUILDER = interpreter.interpreter_builder
+PATIENCE = 200_000
+PATCHED: set[int] = set()  # modules whose triton.language is patched for the launch under way
+
+
+class Deadlock(AssertionError):
+    """Every living program only ever waits."""
+
+
+class Scheduler:
+    """Runs callables as greenlets, one step at a time, in a seeded random order."""
+
+    def __init__(self, seed: int, patience: int = PATIENCE) -> None:
+        self.random = random.Random(seed)
+        self.patience = patience
+        self.hub: greenlet.greenlet | None = None
+        self.trace: list[int] = []  # which of the living programs went on, at every switch
+
+    def run(self, programs: list) -> None:
+        self.hub = greenlet.getcurrent()
+        waiting = [(index, greenlet.greenlet(call)) for index, call in programs]
+        budget = self.patience
+        while waiting:
+            if budget == 0:
+                raise Deadlock(f"{len(waiting)} programs did not finish in {self.patience} switches")
+            budget -= 1
+            chosen = self.random.randrange(len(waiting))
+            index, program = waiting[chosen]
+            BUILDER.set_grid_idx(*index)
+            program.switch()
+            self.trace.append(chosen)
+            if program.dead:
+                waiting.pop(chosen)
+        self.hub = None
+
+    def pause(self) -> None:
+        if self.hub is not None and greenlet.getcurrent() is not self.hub:
+            self.hub.switch()
+
+
+def _run_cooperatively(scheduler: Scheduler):
+    def call(self: interpreter.GridExecutor, *args_dev, **kwargs) -> None:
+        """GridExecutor.__call__ with its loop over programs replaced by the scheduler."""
+        PATCHED.clear()
+        names = inspect.getfullargspec(self.fn).args
+        kwargs = {name: value for name, value in kwargs.items() if name in names}
+        args_hst, kwargs_hst = self._init_args_hst(args_dev, kwargs)
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            bound = inspect.getcallargs(self.fn, *args_hst, **kwargs_hst)
+            bound = {n: a if n in self.constexprs else interpreter._implicit_cvt(a) for n, a in bound.items()}
+            grid = tuple(self.grid) + (1,) * (3 - len(self.grid))
+            BUILDER.set_grid_dim(*grid)
+            indices = itertools.product(*map(range, grid))
+            scheduler.run([(index, lambda: self.fn(**bound)) for index in indices])
+        finally:
+            scope.restore()
+        self._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)
+
+    return call
+
+
+def _pausing(scheduler: Scheduler, method, volatile_only: bool, after: bool):
+    def call(*args):
+        if not volatile_only or args[-1]:  # the last argument of a load says whether it is volatile
+            scheduler.pause()
+        result = method(*args)
+        if after:
+            scheduler.pause()
+        return result
+
+    return call
+
+
+@contextlib.contextmanager
+def cooperative(seed: int, patience: int = PATIENCE) -> Iterator[Scheduler]:
+    """Within the block, launches run under a scheduler with this seed."""
+    scheduler = Scheduler(seed, patience)
+    saved_call = interpreter.GridExecutor.__call__
+    # name: (only where volatile, hand over afterwards too)
+    pauses = {
+        "create_load": (True, False),
+        "create_masked_load": (True, False),
+        "create_store": (False, False),
+        "create_masked_store": (False, False),
+        "create_atomic_rmw": (False, True),
+        "create_atomic_cas": (False, True),
+    }
+    interpreter.GridExecutor.__call__ = _run_cooperatively(scheduler)
+    for name, (volatile_only, after) in pauses.items():
+        setattr(BUILDER, name, _pausing(scheduler, getattr(BUILDER, name), volatile_only, after))
+    try:
+        yield scheduler
+    finally:
+        interpreter.GridExecutor.__call__ = saved_call
+        for name in pauses:
+            delattr(BUILDER, name)
+
+
+def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def repair_bf16() -> None:
+    """Install the two corrections for the rest of the process."""
+    create_dot, cast_impl = BUILDER.create_dot, BUILDER.cast_impl
+
+    def dot(a, b, d, *rest):
+        a, b = (
+            interpreter.TensorHandle(_bf16_to_fp32(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return create_dot(a, b, d, *rest)
+
+    def cast(src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return cast_impl(src, dst_type)
+
+    BUILDER.create_dot = dot
+    BUILDER.cast_impl = cast
+
+
+def patch_language_once() -> None:
+    """Patch triton.language once per launch and module, not at every call of a device function.
+
+    Triton's own way is most of the interpreter's time in kernels built from small functions.
+    """
+    launch = interpreter.GridExecutor.__call__
+
+    def call_executor(self, *args, **kwargs):
+        PATCHED.clear()
+        return launch(self, *args, **kwargs)
+
+    def call_function(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in PATCHED:
+            PATCHED.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = call_executor
+    interpreter.InterpretedFunction.__call__ = call_function

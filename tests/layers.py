@@ -1,0 +1,164 @@
+"""A layer with random data, its fp64 truth, and PyTorch's own error on it: what kernels are held to.
+
+Tolerance: a result of ours may be at most twice as far from the fp64 reference as plain PyTorch is
+in the same type, by the largest and by the rms error. PyTorch's error, relative to the result's
+largest value, is the worst of four draws of the same layer: one draw of a maximum is mostly luck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from lstm_triton.kernels.backward import lstm_backward
+from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.forward import lstm_forward
+from torch import Tensor
+
+from lstm_triton import reference
+
+INPUTS = ("x", "w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c")
+OUTPUTS = ("out", "h_n", "c_n")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and features of a layer; every tensor follows from them and the seed."""
+
+    seq_len: int = 4
+    batch: int = 3
+    input_size: int = 5
+    hidden_size: int = 20
+    directions: int = 1
+    dtype: torch.dtype = torch.float32
+    batch_first: bool = False
+    state: bool = True
+    lengths: bool = False
+    reset: bool = False
+    seed: int = 0
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """fp64 inputs whose values are exact in `dtype`."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(self.dtype).double()
+
+        steps = (self.batch, self.seq_len) if self.batch_first else (self.seq_len, self.batch)
+        hidden, gates = self.hidden_size, 4 * self.hidden_size
+        state = (self.directions, self.batch, hidden)
+        given = {
+            "x": draw(*steps, self.input_size),
+            "w_ih": draw(self.directions, gates, self.input_size, scale=self.input_size**-0.5),
+            "w_hh": draw(self.directions, gates, hidden, scale=hidden**-0.5),
+            "bias": draw(self.directions, gates),
+            "h_0": draw(*state) if self.state else None,
+            "c_0": draw(*state) if self.state else None,
+            "reset_h": draw(*state) if self.reset else None,
+            "reset_c": draw(*state) if self.reset else None,
+            "lengths": None,
+            "reset": None,
+        }
+        if self.lengths:
+            given["lengths"] = torch.randint(0, self.seq_len + 1, (self.batch,), generator=generator)
+        if self.reset:
+            given["reset"] = torch.rand(*steps, generator=generator) < 0.3
+        for name, shape in (("out", (*steps, self.directions * hidden)), ("h_n", state), ("c_n", state)):
+            given[f"d{name}"] = draw(*shape)
+        return given
+
+
+@lru_cache(maxsize=64)
+def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every output and gradient by plain PyTorch in `dtype`, gradients by autograd."""
+    given = case.tensors()
+    leaves = {name: given[name].to(dtype).requires_grad_() for name in INPUTS if given[name] is not None}
+    v = {name: leaves.get(name) for name in INPUTS}
+    *outputs, _ = reference.layer_forward(
+        v["x"],
+        v["w_ih"],
+        v["w_hh"],
+        v["bias"],
+        (v["h_0"], v["c_0"]) if case.state else None,
+        batch_first=case.batch_first,
+        lengths=given["lengths"],
+        reset=given["reset"],
+        reset_state=(v["reset_h"], v["reset_c"]) if case.reset else None,
+    )
+    cotangents = [given[f"d{name}"].to(dtype) for name in OUTPUTS]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    results = dict(zip(OUTPUTS, (output.detach() for output in outputs)))
+    return results | {f"d{name}": grad for name, grad in zip(leaves, grads)}
+
+
+def by_kernels(case: Case, forward: Config, backward: Config, precision: str = "ieee") -> dict[str, Tensor]:
+    """The same by the operators, with these configs."""
+    given = case.tensors()
+    leaves = {name: given[name].to(case.dtype).requires_grad_() for name in INPUTS if given[name] is not None}
+    v = {name: leaves.get(name) for name in INPUTS}
+    plan = f"{forward.encode()}|{backward.encode()}"
+    outputs = torch.ops.lstm_triton.layer(
+        *(v[name] for name in INPUTS[:6]),
+        given["lengths"],
+        given["reset"],
+        v["reset_h"],
+        v["reset_c"],
+        case.batch_first,
+        precision,
+        True,
+        plan,
+    )[:3]
+    cotangents = [given[f"d{name}"].to(case.dtype) for name in OUTPUTS]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    results = dict(zip(OUTPUTS, (output.detach() for output in outputs)))
+    return results | {f"d{name}": grad for name, grad in zip(leaves, grads)}
+
+
+def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Per result: the largest and the rms error, over the largest true value."""
+    errors = {}
+    for name, want in truth.items():
+        error, scale = (results[name].double() - want).abs(), max(float(want.abs().max()), 1e-30)
+        errors[name] = float(error.max()) / scale, float(error.square().mean().sqrt()) / scale
+    return errors
+
+
+@lru_cache(maxsize=64)
+def torch_errors(case: Case) -> dict[str, tuple[float, float]]:
+    """PyTorch's own relative errors on layers like this one."""
+    # fp64 cannot be its own truth: there the error is fp32's, scaled by the types' precision.
+    dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
+    draws = [replace(case, seed=seed, dtype=dtype) for seed in range(case.seed, case.seed + 4)]
+    errors = [relative_errors(by_reference(draw, dtype), by_reference(draw, torch.float64)) for draw in draws]
+    scale = torch.finfo(case.dtype).eps / torch.finfo(dtype).eps
+    return {name: tuple(scale * max(error[name][i] for error in errors) for i in (0, 1)) for name in errors[0]}
+
+
+def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case) -> None:
+    truth, own = by_reference(case, torch.float64), torch_errors(case)
+    assert ours.keys() == truth.keys()
+    for name, (largest, rms) in relative_errors(ours, truth).items():
+        assert torch.isfinite(ours[name]).all(), f"{name} is not finite"
+        assert largest <= 2 * own[name][0], f"{name}: largest error {largest:.2e}, torch's {own[name][0]:.2e}"
+        assert rms <= 2 * own[name][1], f"{name}: rms error {rms:.2e}, torch's {own[name][1]:.2e}"
+
+
+def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_backward=lstm_backward) -> list[Tensor]:
+    """Only the two recurrences, by the launchers: out, h_n, c_n, dgates, dc_0."""
+    given = {n: t.to(case.dtype) if t is not None and t.is_floating_point() else t for n, t in case.tensors().items()}
+    layout = Layout(case.batch, case.seq_len, case.batch_first)
+    gates = given["x"].flatten(0, 1) @ given["w_ih"].flatten(0, 1).t() + given["bias"].flatten()
+    gates = gates.view(layout.rows, case.directions, -1).contiguous()
+    lengths = None if given["lengths"] is None else given["lengths"].to(torch.int32)
+    reset = None if given["reset"] is None else given["reset"].reshape(-1)
+    state = (given["h_0"], given["c_0"]) if case.state else None
+    reset_state = (given["reset_h"], given["reset_c"]) if case.reset else None
+    out, h_n, c_n, cells = run_forward(
+        gates, given["w_hh"], state, layout, config, "ieee", True, lengths, reset, reset_state
+    )
+    dgates, dc_0, _ = run_backward(
+        given["dout"], given["dh_n"], given["dc_n"], gates, cells, given["w_hh"], given["c_0"],
+        layout, config, "ieee", lengths, reset, given["reset_c"],
+    )  # fmt: skip
+    return [out, h_n, c_n, dgates, dc_0]

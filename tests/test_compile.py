@@ -1,0 +1,172 @@
+"""Default plans compiled ahead of time: nothing spills, everything fits, the exchange is what it should be."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lstm_triton.kernels.config import Config
+
+from lstm_triton.device import KNOWN
+from lstm_triton.planner import PASSES, Problem, plan, shared_bytes
+
+pytestmark = pytest.mark.aot
+REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
+
+
+def compile_pass(*arguments, **options):
+    from lstm_triton.kernels.compile import compile_pass
+
+    return compile_pass(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Every default plan of the report's problems, on every target."""
+    path = tmp_path_factory.mktemp("report") / "rows.json"
+    done = subprocess.run([sys.executable, REPORT, "--json", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return json.loads(path.read_text())
+
+
+def test_default_plans_do_not_spill_and_fit(rows: list[dict]) -> None:
+    assert {row["device"]["arch"] for row in rows} == set(KNOWN)
+    assert len(rows) > 500
+    for row in rows:
+        assert row["report"]["spills"] == 0, row
+        assert row["report"]["shared"] <= row["device"]["shared_memory"], row
+
+
+def test_the_planner_never_underestimates_shared_memory(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["report"]["shared"] <= shared_bytes(Config(**row["config"]), Problem(**row["problem"])), row
+
+
+def test_matrix_instructions(rows: list[dict]) -> None:
+    """Tensor cores everywhere but in fp32 ieee; wgmma on Hopper's forward pass."""
+    for row in rows:
+        problem, found = row["problem"], row["report"]["matrix_instructions"]
+        if problem["dtype"] == "float32" and problem["precision"] == "ieee":
+            assert row["device"]["arch"].startswith("gfx") or not found
+        else:
+            assert sum(found.values()) > 0, row
+        if row["device"]["arch"] == "sm_90" and problem["which"] == "forward" and problem["dtype"] == "bfloat16":
+            assert "wgmma" in found, row
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_hidden_size_1024_is_resident_on_hopper(which: str) -> None:
+    """bf16, batch tile 16: the slice of W_hh lies in shared memory, and nothing spills."""
+    config = plan(Problem(which, 1024, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
+    report = compile_pass(which, config, "sm_90", 1024, torch.bfloat16)
+    assert config.resident
+    assert config.block_b == 16
+    assert report.spills == 0
+    assert report.shared >= 4 * config.block_h * 1024 * 2
+    # In the loop: the loads of the cell update, one element per thread each, and none of W_hh.
+    expected = {"forward": 4, "backward": 8}[which]
+    assert len(re.findall(r"ld\.global(?!\.cg)", time_loop(report.asm))) == expected
+
+
+def time_loop(ptx: str) -> str:
+    """The text of the outermost loop: from the earliest label that is branched back to."""
+    lines = ptx.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\$L__BB\d+_\d+):", line))}
+    back = []
+    for at, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\d+_\d+);", line)
+        if branch and labels[branch[1]] < at:
+            back.append((labels[branch[1]], at))
+    start = min(begin for begin, _ in back)
+    return "\n".join(lines[start : max(end for begin, end in back if begin == start) + 1])
+
+
+def grid(protocol: str, which: str) -> Config:
+    split = 1 if which == "forward" else 8
+    return Config("grid", protocol, True, which == "forward", split, 16, 16, 256, 8)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("which", PASSES)
+def test_flags_are_raised_after_a_barrier_and_seen_by_an_acquire(arch: str, which: str) -> None:
+    ptx = compile_pass(which, grid("flags", which), arch, 256, torch.bfloat16).asm
+    lines = ptx.splitlines()
+    release = [i for i, line in enumerate(lines) if "atom" in line and ".release." in line]
+    assert len(release) == 1
+    before = lines[: release[0]]
+    last_store = max(i for i, line in enumerate(before) if re.search(r"st\.global", line))
+    assert any("bar.sync" in line for line in before[last_store:]), "a warp's data may still be under way"
+    # Exchanged data is read past L1, after an acquiring read of the flags and a barrier.
+    loads = [i for i, line in enumerate(lines) if "ld.global.cg" in line]
+    assert loads
+    assert any(".acquire." in line for line in lines if "atom" in line)
+    assert re.search(r"ld\.volatile\.global", ptx)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("which", PASSES)
+def test_mailboxes_are_read_by_wide_volatile_loads_only(arch: str, which: str) -> None:
+    ptx = compile_pass(which, grid("mailbox", which), arch, 256, torch.bfloat16).asm
+    loads = re.findall(r"ld\.volatile\.global[.\w]*", ptx)
+    assert set(loads) == {"ld.volatile.global.v4.b32"}
+    assert "atom" not in ptx
+    assert "ld.global.cg" not in ptx
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_every_feature_compiles(which: str) -> None:
+    """Lengths, resets, two directions and no saving, in each placement."""
+    configs = (
+        grid("mailbox", which),
+        grid("flags", which),
+        Config("local", "none", True, True, 1, 16, 64, 64, 8),
+        Config("stepwise", "none", False, False, 1, 16, 16, 64, 4),
+    )
+    for config in configs:
+        for arch in ("sm_90", "gfx942"):
+            hidden_size = 64 if config.placement == "local" else 256
+            features = dict(directions=2, save=False, lengths=True, reset=True)
+            compile_pass(which, config, arch, hidden_size, torch.float16, **features)
+
+
+def test_no_size_of_a_batch_is_compiled_in() -> None:
+    """B, T and the strides that follow from them are plain arguments, not even specialised for 1 or 16."""
+    from lstm_triton.kernels.backward import lstm_backward_kernel
+    from lstm_triton.kernels.forward import lstm_forward_kernel
+    from lstm_triton.kernels.tiles import RUNTIME_SIZES
+
+    for kernel in (lstm_forward_kernel, lstm_backward_kernel):
+        for parameter in kernel.params:
+            if parameter.name in RUNTIME_SIZES:
+                assert parameter.do_not_specialize
+                assert not parameter.is_constexpr
+            elif not parameter.is_constexpr:
+                assert parameter.name not in ("batch", "seq_len")
+
+
+def test_the_report_fails_on_a_plan_that_spills() -> None:
+    done = subprocess.run([sys.executable, "-c", SPILLING.format(folder=REPORT.parent)], capture_output=True, text=True)
+    assert "<-- not fit" in done.stdout, done.stderr
+    assert done.returncode == 1
+
+
+SPILLING = """
+import sys
+sys.path.insert(0, "{folder}")
+import compile_report
+from lstm_triton.kernels.config import Config
+compile_report.default_config = lambda problem, device: Config("grid", "mailbox", True, True, 1, 64, 16, 256, 4)
+sys.exit(compile_report.main(["--arch", "sm_90", "--hidden-size", "512", "--batch", "64", "--dtype", "bfloat16"]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--hidden-size", "0"], ["--arch", "sm_42"], ["--dtype", "int8"]])
+def test_the_report_refuses_wrong_arguments(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, REPORT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error" in done.stderr

@@ -1,0 +1,183 @@
+"""What crosses between programs: any order of execution gives the same bits, and a broken protocol is caught."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from interpreter import Deadlock, cooperative
+from layers import Case, run_recurrence
+from lstm_triton.kernels import backward, forward, product
+from lstm_triton.kernels.config import Config
+from planted import plant
+from torch import Tensor
+
+SEEDS = range(100)
+INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclass(frozen=True)
+class Traps(Case):
+    """A layer whose initial state and output gradient hold NaN with the bits of an empty mailbox."""
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        given = super().tensors()
+        nan = torch.tensor(-1, dtype=INTEGERS[self.dtype]).view(self.dtype)
+        for name in ("h_0", "dout", "dh_n"):
+            given[name] = given[name].to(self.dtype)
+            given[name][0, 0] = nan
+        return given
+
+
+CASE = Case(seq_len=4, batch=3, hidden_size=40, directions=2)  # three hidden tiles, the last one half empty
+TRAPS = Traps(seq_len=3, batch=3, hidden_size=40)
+
+
+def grid(protocol: str, **changes) -> Config:
+    tiles = dict(units_first=False, split_k=1, block_b=16, block_h=16, block_k=32, num_warps=4) | changes
+    return Config("grid", protocol, True, **tiles)
+
+
+def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a.view(INTEGERS[a.dtype]), b.view(INTEGERS[b.dtype])) for a, b in zip(results, others))
+
+
+@pytest.mark.parametrize("protocol", ["mailbox", "flags"])
+def test_a_hundred_schedules_give_the_same_bits(protocol: str) -> None:
+    """Forward and backward, outputs and gradients; and the schedules do differ."""
+    with cooperative(0) as scheduler:
+        first = run_recurrence(CASE, grid(protocol))
+    traces = {tuple(scheduler.trace)}
+    for seed in SEEDS[1:]:
+        with cooperative(seed) as scheduler:
+            results = run_recurrence(CASE, grid(protocol))
+        assert same_bits(first, results), f"schedule {seed} changes the result"
+        traces.add(tuple(scheduler.trace))
+    assert len(traces) == len(SEEDS)
+
+
+def test_the_exchange_does_not_show_in_the_result() -> None:
+    """One sum in one order: both protocols and one launch a step give the same bits."""
+    configs = [grid("mailbox"), grid("flags"), Config("stepwise", "none", True, False, 1, 16, 16, 32, 4)]
+    results = []
+    for config in configs:
+        with cooperative(5):
+            results.append(run_recurrence(CASE, config))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("protocol", ["mailbox", "flags"])
+def test_lengths_and_resets_under_schedules(protocol: str) -> None:
+    case = Case(seq_len=5, batch=6, hidden_size=20, directions=2, lengths=True, reset=True)
+    with cooperative(0):
+        first = run_recurrence(case, grid(protocol))
+    for seed in SEEDS[1:10]:
+        with cooperative(seed):
+            assert same_bits(first, run_recurrence(case, grid(protocol)))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("protocol", ["mailbox", "flags"])
+@pytest.mark.parametrize("where", ["x", "w_hh", "h_0", "c_0", "dout", "dh_n", "dc_n"])
+@pytest.mark.parametrize("value", ["empty", float("inf")])
+def test_nan_and_inf_terminate(dtype: torch.dtype, protocol: str, where: str, value) -> None:
+    """Neither hangs a kernel, and rows of the batch that hold none of it are untouched."""
+
+    @dataclass(frozen=True)
+    class Broken(Case):
+        def tensors(self) -> dict[str, Tensor | None]:
+            given = super().tensors()
+            bits = torch.tensor(-1, dtype=INTEGERS[self.dtype]).view(self.dtype)
+            given[where] = given[where].to(self.dtype)
+            given[where][0, 0] = bits if value == "empty" else value
+            return given
+
+    sizes = dict(seq_len=3, batch=3, hidden_size=20, dtype=dtype)
+    with cooperative(1, patience=20_000):
+        out, _, _, dgates, _ = run_recurrence(Broken(**sizes), grid(protocol))
+        clean = run_recurrence(Case(**sizes), grid(protocol))
+    if where != "w_hh":  # that one is shared by all rows
+        others = torch.arange(9) % 3 != 0
+        assert torch.equal(out[others], clean[0][others])
+        assert torch.equal(dgates[others], clean[3][others])
+
+
+def test_a_deadlock_is_an_error() -> None:
+    """The scheduler itself: a launch that waits for a program that is not in it does not go on for ever."""
+    config = grid("flags")
+    with cooperative(0, patience=2_000), pytest.raises(Deadlock, match="did not finish"):
+        run_recurrence(CASE, config, partial(forward.lstm_forward, launch=_launch_without_the_last_tile))
+
+
+def _launch_without_the_last_tile(kernel, *arguments, **keywords) -> None:
+    class Short:
+        def __getitem__(self, grid):
+            return kernel[(grid[0] - 1, *grid[1:])]
+
+    forward.run(Short(), *arguments, **keywords)
+
+
+# A bug takes one step of the protocol away: a change of one kernel module's text.
+FORWARD_STORE = "        tl.store(out + sequence, h_t, mask=owned)\n"
+FORWARD_FLAG = "        raise_flag(flags, hidden_tile, step + 1, PROTOCOL)\n"
+BACKWARD_STORE = "        tl.store(dgates + offset + 3 * H, d_o, mask=owned)\n"
+BACKWARD_FLAG = "        raise_flag(flags, hidden_tile, seq_len - step, PROTOCOL)\n"
+EMPTYING = "exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)"
+WAITING = "waiting = in_batch & (step > 0) & (restart == 0)"
+BUGS = {
+    "forward: nothing published": ("flags", "forward", FORWARD_FLAG, ""),
+    "forward: flag before its data": ("flags", "forward", FORWARD_STORE + FORWARD_FLAG, FORWARD_FLAG + FORWARD_STORE),
+    "forward: a step too few": ("flags", "forward", "await_flags(flags, step, ", "await_flags(flags, step - 1, "),
+    "forward: initial state awaited": ("mailbox", "forward", WAITING, "waiting = in_batch & (restart == 0)"),
+    "backward: nothing published": ("flags", "backward", BACKWARD_FLAG, ""),
+    "backward: flag before its data": (
+        "flags",
+        "backward",
+        BACKWARD_STORE + BACKWARD_FLAG,
+        BACKWARD_FLAG + BACKWARD_STORE,
+    ),
+    "backward: a step too few": ("flags", "backward", "(flags, seq_len - 1 - step, ", "(flags, seq_len - 2 - step, "),
+    "flags of an earlier launch": ("flags", "launch", "exchanged.new_zeros((", "99 + exchanged.new_zeros(("),
+    "mailboxes never emptied": ("mailbox", "launch", EMPTYING, "pass"),
+    "mailboxes of an earlier launch": ("mailbox", "launch", EMPTYING, "exchanged.fill_(0.5)"),
+    "mailboxes read at once": ("mailbox", "exchange", "& waiting).to(tl.int32)) != 0", "& waiting).to(tl.int32)) > 1"),
+    "NaN with the bits of an empty mailbox": (
+        "mailbox",
+        "exchange",
+        "tl.where(bits == EMPTY, OTHER_NAN, bits)",
+        "bits",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the step that the bug removes, some schedule deadlocks or changes a bit."""
+    protocol, module, old, new = BUGS[bug]
+    case = TRAPS if protocol == "mailbox" else CASE
+    with cooperative(0):
+        right = run_recurrence(case, grid(protocol))
+    planted = plant(tmp_path, module, (old, new))
+    run_forward, run_backward = forward.lstm_forward, backward.lstm_backward
+    if module == "exchange":
+        for user in (forward, backward, product):
+            for name in {"collect", "publishable"} & vars(user).keys():
+                monkeypatch.setattr(user, name, getattr(planted, name))
+    elif module == "launch":
+        run_forward = partial(run_forward, launch=planted.run)
+        run_backward = partial(run_backward, launch=planted.run)
+    else:
+        run_forward = getattr(planted, "lstm_forward", run_forward)
+        run_backward = getattr(planted, "lstm_backward", run_backward)
+    for seed in SEEDS[:20]:
+        try:
+            with cooperative(seed, patience=20_000):
+                wrong = run_recurrence(case, grid(protocol), run_forward, run_backward)
+        except Deadlock:
+            return
+        if not same_bits(right, wrong):
+            return
+    pytest.fail("20 schedules did not catch it")

@@ -1,0 +1,200 @@
+"""Compiled kernels on a CUDA device: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from lstm_triton import LSTM, LSTMCell, explain
+from lstm_triton.device import device_of
+from lstm_triton.planner import PASSES, Problem, candidates, plan
+
+pytestmark = pytest.mark.gpu
+
+TYPES = {
+    "fp16": (torch.float16, None),
+    "bf16": (torch.bfloat16, None),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "ieee": (torch.float32, "ieee"),
+}
+SHAPES = {
+    "local": dict(sizes=(40, 64), batch=37, steps=50),
+    "grid": dict(sizes=(128, 512), batch=20, steps=40),
+    "grid-tails": dict(sizes=(33, 650), batch=33, steps=21),
+    "grid-streamed": dict(sizes=(64, 2048), batch=16, steps=8),
+    "layers-directions": dict(sizes=(48, 256), batch=17, steps=30, num_layers=2, bidirectional=True),
+    "batch-first": dict(sizes=(64, 320), batch=12, steps=25, batch_first=True),
+    "waves": dict(sizes=(32, 1024), batch=300, steps=5),
+}
+
+
+def results(module: nn.Module, x: torch.Tensor, hx: tuple) -> list[torch.Tensor]:
+    module.zero_grad()
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *hx)]
+    out, (h_n, c_n) = module(leaves[0], tuple(leaves[1:]))
+    generator = torch.Generator("cuda").manual_seed(3)
+    total = sum(
+        (t * torch.randn(t.shape, generator=generator, device="cuda").to(t.dtype)).sum() for t in (out, h_n, c_n)
+    )
+    total.backward()
+    return [
+        t.detach().double()
+        for t in (out, h_n, c_n, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters()))
+    ]
+
+
+def build(kind: str, sizes: tuple, batch: int, steps: int, **options):
+    """Ours, nn.LSTM in the same type, nn.LSTM in fp64, an input and a state."""
+    dtype, precision = TYPES[kind]
+    torch.manual_seed(0)
+    theirs = nn.LSTM(*sizes, **options).cuda().to(dtype)
+    ours = LSTM(*sizes, **options, backend="triton", precision=precision).cuda().to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    exact = nn.LSTM(*sizes, **options).cuda().double()
+    exact.load_state_dict(theirs.state_dict())
+    shape = (batch, steps) if options.get("batch_first") else (steps, batch)
+    states = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    x = torch.randn(*shape, sizes[0], device="cuda", dtype=dtype)
+    hx = tuple(torch.randn(states, batch, sizes[1], device="cuda", dtype=dtype) for _ in range(2))
+    return ours, theirs, exact, x, hx
+
+
+def assert_as_good_as_nn_lstm(ours, theirs, exact, x, hx, allow_tf32: bool) -> None:
+    with torch.backends.cudnn.flags(allow_tf32=allow_tf32):
+        got, own = results(ours, x, hx), results(theirs, x, hx)
+    want = results(exact, x.double(), tuple(t.double() for t in hx))
+    for index, (a, b, c) in enumerate(zip(got, own, want)):
+        assert torch.isfinite(a).all(), f"result {index}"
+        error, theirs_error = (a - c).abs(), (b - c).abs()
+        assert error.max() <= 2 * theirs_error.max(), (
+            f"result {index}: {error.max():.2e}, nn.LSTM {theirs_error.max():.2e}"
+        )
+        assert error.square().mean() <= 4 * theirs_error.square().mean(), f"result {index}: rms"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_default_plans(kind: str, shape: str) -> None:
+    """Outputs and all gradients at most twice as far from fp64 as cuDNN in the same type and TF32 setting."""
+    assert_as_good_as_nn_lstm(*build(kind, **SHAPES[shape]), allow_tf32=kind == "tf32")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32"])
+@pytest.mark.parametrize("which", PASSES)
+def test_small_launch_of_every_candidate(kind: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placements, protocols, tiles: all that the planner could choose, four of each kind at most."""
+    dtype, precision = TYPES[kind]
+    device = device_of(torch.device("cuda"))
+    problem = Problem(which, 272, 16, 1, str(dtype).removeprefix("torch."), precision or "tf32")
+    kinds: dict = {}
+    for config in candidates(problem, device):
+        kinds.setdefault((config.placement, config.protocol, config.resident), []).append(config)
+    modules = build(kind, sizes=(32, 272), batch=20, steps=6)
+    other = {w: plan(dataclasses.replace(problem, which=w), device).config for w in PASSES}
+    from lstm_triton import ops
+
+    for configs in kinds.values():
+        for config in configs[:: max(1, len(configs) // 4)]:
+            chosen = {**other, which: config}
+            monkeypatch.setattr(ops, "choose_config", lambda w, *_, chosen=chosen: chosen[w])
+            assert_as_good_as_nn_lstm(*modules, allow_tf32=kind == "tf32")
+
+
+@pytest.mark.parametrize("hidden_size", [64, 512])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_small_launch_with_nan_and_inf_ends(hidden_size: int, value: float) -> None:
+    module = LSTM(16, hidden_size, bidirectional=True, backend="triton").cuda().half()
+    x = torch.randn(5, 20, 16, device="cuda", dtype=torch.float16)
+    clean = module(x)[0]
+    x[2, 3] = value
+    x.requires_grad_()
+    out, _ = module(x)
+    out.sum().backward()
+    torch.cuda.synchronize()
+    others = torch.arange(20, device="cuda") != 3
+    assert torch.equal(out[:, others], clean[:, others])
+
+
+def test_lengths_equal_packing() -> None:
+    ours, theirs, _, x, _ = build("bf16", sizes=(64, 512), batch=9, steps=30, bidirectional=True, num_layers=2)
+    lengths = torch.tensor([30, 1, 7, 30, 2, 15, 9, 28, 3])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    want, (h_1, c_1) = theirs(packed)
+    want, _ = nn.utils.rnn.pad_packed_sequence(want)
+    out, (h_2, c_2) = ours(x, lengths=lengths.cuda())
+    for a, b in ((out, want), (h_2, h_1), (c_2, c_1)):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    unpacked, _ = nn.utils.rnn.pad_packed_sequence(ours(packed)[0])
+    assert torch.equal(unpacked, out)
+
+
+def test_runs_are_bitwise_equal_and_streams_do_not_disturb_each_other() -> None:
+    ours, _, _, x, hx = build("bf16", sizes=(64, 512), batch=16, steps=64)
+    first = results(ours, x, hx)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outs = []
+        for stream in streams:
+            with torch.cuda.stream(stream), torch.no_grad():
+                outs.append(ours(x, hx)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(out.double(), first[0]) for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(first, results(ours, x, hx)))
+
+
+def test_no_host_synchronisation() -> None:
+    ours, _, _, x, hx = build("bf16", sizes=(64, 512), batch=16, steps=8)
+    results(ours, x, hx)  # compiles
+    lengths = torch.full((16,), 5, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(x, hx, lengths=lengths)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_batch_or_length_compiles_anew() -> None:
+    """After one call per batch bucket, no B and no T leads to a new binary."""
+    from lstm_triton.kernels.backward import lstm_backward_kernel
+    from lstm_triton.kernels.forward import lstm_forward_kernel
+
+    module = LSTM(30, 96, backend="triton").cuda().half()
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        module(torch.randn(3, batch, 30, device="cuda", dtype=torch.float16))[0].sum().backward()
+
+    def binaries() -> int:
+        kernels = (lstm_forward_kernel, lstm_backward_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    before = binaries()
+    for steps, batch in ((1, 1), (7, 16), (17, 33), (64, 48), (100, 63), (5, 5)):
+        module(torch.randn(steps, batch, 30, device="cuda", dtype=torch.float16))[0].sum().backward()
+    assert binaries() == before
+
+
+def test_auto_takes_the_kernels_and_says_so() -> None:
+    module = LSTM(64, 256, 2).cuda().bfloat16()
+    x = torch.randn(4, 8, 64, device="cuda", dtype=torch.bfloat16)
+    assert all(layer.path == "triton" for layer in explain(module, x).layers)
+    assert "float64" in str(explain(module.double(), x.double()))
+
+
+def test_cell() -> None:
+    theirs = nn.LSTMCell(20, 96).cuda()
+    ours = LSTMCell(20, 96, backend="triton", precision="ieee").cuda()
+    ours.load_state_dict(theirs.state_dict())
+    x, h, c = (torch.randn(7, n, device="cuda") for n in (20, 96, 96))
+    for a, b in zip(ours(x, (h, c)), theirs(x, (h, c))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    module = LSTM(16, 256, backend="triton").to("cuda:1")
+    x = torch.randn(4, 3, 16, device="cuda:1")
+    assert module(x)[0].device.index == 1

@@ -1,0 +1,115 @@
+"""Numerics of every placement, protocol, type, direction and feature, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import cooperative
+from layers import Case, assert_as_good_as_torch, by_kernels
+from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.forward import lstm_forward_kernel
+from lstm_triton.kernels.launch import constants
+
+# H = 20 leaves a tail in every block and makes two hidden tiles of 16.
+LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
+TILES = {
+    "weights-first": dict(units_first=True, split_k=1, block_b=16, block_h=16, block_k=16, num_warps=4),
+    "weights-second": dict(units_first=False, split_k=1, block_b=16, block_h=16, block_k=16, num_warps=4),
+    "split-k": dict(units_first=False, split_k=2, block_b=16, block_h=16, block_k=32, num_warps=4),
+}
+CONFIGS = {
+    "local-weights-first": Config("local", "none", True, True, 1, 16, 32, 32, 4),
+    "local-weights-second": LOCAL,
+}
+for shape, tiles in TILES.items():
+    for resident in (True, False):
+        suffix = f"{shape}-{'resident' if resident else 'streamed'}"
+        CONFIGS[f"mailbox-{suffix}"] = Config("grid", "mailbox", resident, **tiles)
+        CONFIGS[f"flags-{suffix}"] = Config("grid", "flags", resident, **tiles)
+        CONFIGS[f"stepwise-{suffix}"] = Config("stepwise", "none", resident, **tiles)
+
+FEATURES = {
+    "plain": Case(),
+    "no-state": Case(state=False),
+    "batch-first": Case(batch_first=True),
+    "two-directions": Case(directions=2),
+    "lengths": Case(lengths=True, batch=5, seed=1),
+    "reset": Case(reset=True, batch=5),
+    "everything": Case(directions=2, lengths=True, reset=True, batch_first=True, batch=5, seq_len=6, seed=2),
+    "second-batch-tile": Case(batch=17, seq_len=2),  # one row in the second tile of 16
+    "one-step": Case(seq_len=1),
+    "one-of-each": Case(seq_len=1, batch=1, input_size=1, hidden_size=1),
+    "full-tiles": Case(hidden_size=32, batch=16, seq_len=2),  # no mask is ever false
+}
+
+
+def check(case: Case, config: Config) -> None:
+    with cooperative(seed=case.seed):
+        ours = by_kernels(case, config, config)
+    assert_as_good_as_torch(ours, case)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_every_config(config: Config, feature: str) -> None:
+    check(FEATURES[feature], config)
+
+
+@pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("name", ["local-weights-second", "mailbox-split-k-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
+def test_every_feature(case: Case, name: str) -> None:
+    if case.hidden_size <= 16 and name.startswith("local"):
+        config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
+    else:
+        config = CONFIGS[name]
+    check(case, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["local-weights-first", "mailbox-split-k-resident", "flags-weights-second-streamed", "stepwise-weights-first-resident"])  # fmt: skip
+def test_every_type(dtype: torch.dtype, name: str) -> None:
+    check(Case(dtype=dtype, directions=2, lengths=True, reset=True, batch=5, seed=3), CONFIGS[name])
+
+
+def test_long_sequence_in_16_bit() -> None:
+    """Errors must not grow faster than PyTorch's over many steps: the cell state is fp32."""
+    check(Case(dtype=torch.bfloat16, seq_len=60, batch=2), LOCAL)
+
+
+@pytest.mark.parametrize("protocol", ["mailbox", "flags"])
+def test_waves_of_batch_tiles(protocol: str) -> None:
+    """A batch of three tiles in launches of at most two: the flags and mailboxes of both are used."""
+    config = Config("grid", protocol, True, False, 1, 16, 16, 16, 4, max_batch_tiles=2)
+    check(Case(batch=35, seq_len=2, hidden_size=17, directions=2), config)
+
+
+def test_forward_and_backward_may_differ() -> None:
+    case = Case(directions=2)
+    with cooperative(0):
+        ours = by_kernels(case, LOCAL, CONFIGS["flags-split-k-resident"])
+    assert_as_good_as_torch(ours, case)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The last row of a buffer of more than 2^31 gates, where an int32 offset would wrap.
+
+    One step is run, so of the 4 GiB of virtual memory only two pages are touched.
+    """
+    hidden, seq_len = 16, 2**31 // 64 + 3
+    rows = torch.zeros((seq_len, 1, 4 * hidden), dtype=torch.float16)  # lazily committed by the OS
+    out = torch.zeros((seq_len, 1, hidden), dtype=torch.float16)
+    rows[-1] = torch.linspace(-1, 1, 4 * hidden)
+    w_hh = torch.zeros((1, 4 * hidden, hidden), dtype=torch.float16)
+    h_n, c_n = torch.zeros(1, 1, hidden), torch.zeros(1, 1, hidden)
+    carry = torch.zeros(1, 1, hidden)
+    config = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
+    layout = Layout(1, seq_len, False)
+    lstm_forward_kernel[(1, 1, 1)](
+        gates=rows, w_hh=w_hh, h_0=None, c_0=None, reset_h=None, reset_c=None, out=out, cells=None, h_n=h_n, c_n=c_n,
+        carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, batch=1, seq_len=seq_len,
+        row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
+        step_end=seq_len, SAVE=False, **constants(config, hidden, 1, "ieee"),
+    )  # fmt: skip
+    i, _, g, o = rows[-1, 0].double().view(4, hidden)
+    want = o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()
+    assert (out[-1, 0].double() - want).abs().max() < torch.finfo(torch.float16).eps

@@ -1,0 +1,89 @@
+"""PyTorch's own test samples for nn.LSTM and nn.LSTMCell, run on ours.
+
+`torch.testing._internal.common_modules` ships in the wheel; its samples compare batched with
+unbatched runs, and its error inputs name the exception and its message.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal import common_modules
+
+from lstm_triton import LSTM, LSTMCell
+
+OURS = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+INFOS = {info.module_cls: info for info in common_modules.module_db if info.module_cls in OURS}
+
+
+def samples(theirs: type, dtype: torch.dtype, training: bool) -> list:
+    info = INFOS[theirs]
+    found = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    assert found
+    return found
+
+
+def build(theirs: type, sample, backend: str, dtype: torch.dtype, training: bool) -> tuple[nn.Module, nn.Module]:
+    arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+    pair = theirs(*arguments, **options), OURS[theirs](*arguments, **options, backend=backend)
+    for module in pair:
+        module.to(dtype).train(training)
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair
+
+
+def supported(sample, backend: str) -> bool:
+    return backend == "auto" or not sample.constructor_input.kwargs.get("proj_size")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("theirs", OURS, ids=lambda cls: cls.__name__)
+def test_samples(theirs: type, backend: str, training: bool) -> None:
+    """Forward, PyTorch's reference for the sample, and gradcheck over inputs and parameters."""
+    ran = 0
+    for sample in samples(theirs, torch.float64, training):
+        reference, module = build(theirs, sample, backend, torch.float64, training)
+        arguments, options = sample.forward_input.args, sample.forward_input.kwargs
+        if not supported(sample, backend):
+            with pytest.raises(RuntimeError, match="projections"):
+                module(*arguments, **options)
+            continue
+        outputs = module(*arguments, **options)
+        torch.testing.assert_close(outputs, reference(*arguments, **options))
+        if sample.reference_fn is not None:
+            torch.testing.assert_close(outputs, sample.reference_fn(module, *arguments, **options))
+        names, parameters = zip(*module.named_parameters())
+
+        def call(*leaves, module=module, arguments=arguments, options=options, names=names):
+            values, inputs = leaves[: len(names)], leaves[len(names) :]
+            given = (inputs[0], (inputs[1], inputs[2])) if len(inputs) == 3 else inputs
+            del arguments
+            out = torch.func.functional_call(module, dict(zip(names, values)), given, options)
+            return torch.utils._pytree.tree_leaves(out)
+
+        leaves = torch.utils._pytree.tree_leaves(arguments)
+        assert torch.autograd.gradcheck(call, (*parameters, *leaves), fast_mode=True)
+        ran += 1
+    assert ran >= 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("theirs", OURS, ids=lambda cls: cls.__name__)
+def test_error_inputs(theirs: type, backend: str) -> None:
+    info = INFOS[theirs]
+    found = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=False)
+    ran = 0
+    for error in found:
+        sample = error.module_error_input
+        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+        if error.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(error.error_type, match=error.error_regex):
+                OURS[theirs](*arguments, **options, backend=backend)
+        else:
+            module = OURS[theirs](*arguments, **options, backend=backend)
+            with pytest.raises(error.error_type, match=error.error_regex):
+                module(*sample.forward_input.args, **sample.forward_input.kwargs)
+        ran += 1
+    assert ran >= 4
