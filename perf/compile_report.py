@@ -1,0 +1,153 @@
+"""What the plans become on each target, compiled ahead of time: no GPU is needed.
+
+    python perf/compile_report.py                  the default plans
+    python perf/compile_report.py --all            every candidate config (hours; narrow it down)
+    python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
+
+Prints registers, spills, shared memory and matrix instructions of every config, and exits with
+status 1 if one that a plan uses by default spills or does not fit its device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+
+import torch
+from lstm_triton.kernels.compile import Report, compile_pass
+from lstm_triton.kernels.config import Config
+from tqdm import tqdm
+
+from lstm_triton.device import KNOWN, Device
+from lstm_triton.planner import PASSES, NoPlan, Plan, Problem, bucket, candidates, plan, refusal
+
+HIDDEN_SIZES = (20, 64, 128, 256, 512, 650, 1024, 2048)
+BATCHES = (16, 128)
+TYPES = (("bfloat16", "tf32"), ("float16", "tf32"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One config on one target; problem is the first of those that share it."""
+
+    problem: Problem
+    device: Device
+    config: Config
+
+
+@dataclass(frozen=True)
+class Row:
+    job: Job
+    report: Report | None
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        report = self.report
+        return report is not None and report.spills == 0 and report.shared <= self.job.device.shared_memory
+
+    def line(self) -> str:
+        problem, config, report = self.job.problem, self.job.config, self.report
+        head = (
+            f"{self.job.device.arch:7} {problem.which:8} {problem.dtype:8} {problem.precision:6} "
+            f"H={problem.hidden_size:<5} B<={problem.batch:<5} {config.placement:8} {config.protocol:7} "
+            f"{'resident' if config.resident else 'streamed'} weights-{'first' if config.units_first else 'second'} "
+            f"split_k={config.split_k} B{config.block_b} H{config.block_h} K{config.block_k} warps={config.num_warps}"
+        )
+        if report is None:
+            return f"{head}  FAILED: {self.error}"
+        matrix = " ".join(f"{kind}={count}" for kind, count in report.matrix_instructions.items()) or "none"
+        return (
+            f"{head}  registers={report.registers} spills={report.spills} "
+            f"shared={report.shared}/{self.job.device.shared_memory} matrix: {matrix}"
+        )
+
+    def record(self) -> dict:
+        report = None if self.report is None else {**asdict(self.report), "asm": None}
+        return {**asdict(self.job), "report": report, "error": self.error, "ok": self.ok}
+
+
+def jobs(archs, hidden_sizes, batches, types, every: bool) -> Iterator[Job]:
+    """The distinct configs of the default plans (or of all candidates) over a set of problems."""
+    seen = set()
+    for arch in archs:
+        device = KNOWN[arch]
+        for dtype, precision in types:
+            if refusal(device, dtype, precision) is not None:
+                continue
+            for hidden_size in hidden_sizes:
+                for batch in batches:
+                    for which in PASSES:
+                        problem = Problem(which, hidden_size, bucket(batch), 1, dtype, precision)
+                        for config in candidates(problem, device) if every else [default_config(problem, device)]:
+                            # How many batch tiles share a launch is no part of the binary.
+                            key = (arch, which, dtype, precision, hidden_size, config.encode().rpartition(" ")[0])
+                            if key not in seen:
+                                seen.add(key)
+                                yield Job(problem, device, config)
+
+
+def default_config(problem: Problem, device: Device) -> Config:
+    chosen = plan(problem, device)
+    if isinstance(chosen, NoPlan):
+        raise RuntimeError(f"{device.arch}: {chosen.reason}")
+    assert isinstance(chosen, Plan)
+    return chosen.config
+
+
+def compile_job(job: Job) -> Row:
+    problem = job.problem
+    dtype = getattr(torch, problem.dtype)
+    try:
+        report = compile_pass(
+            problem.which,
+            job.config,
+            job.device.arch,
+            problem.hidden_size,
+            dtype,
+            problem.precision,
+            problem.directions,
+        )
+    except Exception as error:  # a compiler failure is a finding: it becomes a row, and fails the run
+        return Row(job, None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    return Row(job, report)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every candidate config, not only the plans")
+    parser.add_argument("--arch", nargs="+", choices=sorted(KNOWN), default=list(KNOWN))
+    parser.add_argument("--hidden-size", nargs="+", type=int, default=HIDDEN_SIZES)
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    names = [f"{dtype}-{precision}" if dtype == "float32" else dtype for dtype, precision in TYPES]
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    options = parser.parse_args(arguments)
+    if min(*options.hidden_size, *options.batch) < 1:
+        parser.error("hidden sizes and batches must be at least 1")
+    options.types = [pair for name, pair in zip(names, TYPES) if name in options.dtype]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    work = list(jobs(options.arch, options.hidden_size, options.batch, options.types, options.all))
+    with ProcessPoolExecutor(options.workers) as pool:
+        rows = list(tqdm(pool.map(compile_job, work), total=len(work), unit="config", disable=None))
+    for row in rows:
+        print(row.line() + ("" if row.ok else "  <-- not fit"))
+    bad = sum(not row.ok for row in rows)
+    print(f"{len(rows)} configs, {bad} that fail, spill or do not fit")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump([row.record() for row in rows], file, indent=1)
+    return 1 if bad and not options.all else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Thousands of launches of every exchanging kernel on two streams at once: same bits, no hang.
+
+python perf/soak.py --launches 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from lstm_triton.kernels.backward import lstm_backward
+from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.forward import lstm_forward
+from measure import needs_gpu
+
+HIDDEN, BATCH, STEPS = 512, 16, 32
+
+
+def recurrences(protocol: str, seed: int):
+    """A call that runs forward and backward once and returns out and dgates."""
+    torch.manual_seed(seed)
+    wide = torch.cuda.get_device_capability()[0] == 9
+    # Two launches must be resident side by side: each takes half of the multiprocessors at most.
+    forward = Config("grid", protocol, True, wide, 1, 16, 16, 256, 8, max_batch_tiles=1)
+    backward = Config("grid", protocol, True, False, 8, 16, 16, 512, 8, max_batch_tiles=1)
+    layout = Layout(BATCH, STEPS, False)
+    options = dict(device="cuda", dtype=torch.bfloat16)
+    projected = torch.randn(layout.rows, 1, 4 * HIDDEN, **options)
+    w_hh = torch.randn(1, 4 * HIDDEN, HIDDEN, **options) * HIDDEN**-0.5
+    dout = torch.randn(layout.rows, 1, HIDDEN, **options)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        gates = projected.clone()
+        out, _, _, cells = lstm_forward(gates, w_hh, None, layout, forward, "tf32", True)
+        dgates, _, _ = lstm_backward(dout, None, None, gates, cells, w_hh, None, layout, backward, "tf32")
+        return out, dgates
+
+    return call
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launches", type=int, default=10_000, help="of each pass and protocol (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if needs_gpu():
+        return 2
+    for protocol in ("flags", "mailbox"):
+        calls = [recurrences(protocol, seed) for seed in (0, 1)]
+        expected = [call() for call in calls]
+        streams = [torch.cuda.Stream() for _ in calls]
+        torch.cuda.synchronize()
+        different = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(options.launches // 2):
+            for call, stream, want in zip(calls, streams, expected):
+                with torch.cuda.stream(stream):
+                    for got, right in zip(call(), want):
+                        different += (got != right).any()
+        torch.cuda.synchronize()
+        print(
+            f"{protocol}: {options.launches} launches of each pass, {int(different)} with a different result",
+            flush=True,
+        )
+        if different:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
