@@ -22,7 +22,7 @@ from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .launch import Launcher, compute_dtype, run
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
-from .tiles import RUNTIME_SIZES, per_row, per_unit, restarts, time_of
+from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, time_of
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -70,15 +70,9 @@ def lstm_backward_kernel(
     batch_tile = first_tile + tl.program_id(1)
     direction = tl.program_id(2)
     reverse = direction == 1
-
-    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    unit = hidden_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_batch = b < batch
-    owned = per_row(in_batch, UNITS_FIRST) & per_unit(unit < H, UNITS_FIRST)
-    state = per_row((direction * batch + b) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-    length = tl.zeros([BLOCK_B], tl.int32) + seq_len
-    if lengths is not None:
-        length = tl.load(lengths + b, mask=in_batch, other=0).to(tl.int32)
+    b, unit, in_batch, owned, state, length = own_tile(
+        hidden_tile, batch_tile, direction, lengths, batch, seq_len, H, UNITS_FIRST, BLOCK_B, BLOCK_H
+    )
     if flags is not None:
         flags += (direction * tl.cdiv(batch, BLOCK_B) + batch_tile) * TILES
 

@@ -82,7 +82,7 @@ def compile_pass(
 
     def launch(kernel, config, layout, hidden_size, directions, precision, exchanged, backward, arguments) -> None:
         flags = exchanged.new_empty((1,), dtype=torch.int32) if config.protocol == "flags" else None
-        fixed = constants(config, hidden_size, directions, precision)
+        fixed = constants(config, hidden_size, directions, precision, exchanged.dtype)
         reports.append(_compile(kernel, config, arch, {**arguments, **fixed, "flags": flags}))
 
     if which == "forward":

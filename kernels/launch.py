@@ -40,12 +40,12 @@ def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[i
             yield first, min(wave, tiles - first), begin, end
 
 
-def constants(config: Config, hidden_size: int, directions: int, precision: str) -> dict[str, Any]:
+def constants(config: Config, hidden_size: int, directions: int, precision: str, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that both recurrences share."""
     return {
         "H": hidden_size,
         "D": directions,
-        "PRECISION": precision,
+        "PRECISION": precision if dtype == torch.float32 else "ieee",  # there is no other for the rest
         "PLACEMENT": config.placement,
         "PROTOCOL": config.protocol,
         "RESIDENT": config.resident,
@@ -89,7 +89,7 @@ def run(
     elif config.protocol == "mailbox":
         exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
     options = compile_options(config, nvidia=torch.version.hip is None)
-    fixed = constants(config, hidden_size, directions, precision)
+    fixed = constants(config, hidden_size, directions, precision, exchanged.dtype)
     device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
     with device:
         for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):

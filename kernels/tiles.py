@@ -34,12 +34,38 @@ def per_unit(v, UNITS_FIRST: tl.constexpr):
 
 
 @triton.jit
+def own_tile(
+    hidden_tile,
+    batch_tile,
+    direction,
+    lengths,
+    batch,
+    seq_len,
+    H: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """What a program owns: b [BLOCK_B] int64 and unit [BLOCK_H], the batch rows that exist, the
+    elements of its state tile that exist, their offsets in a [D, B, H] buffer, and row lengths."""
+    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    unit = hidden_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_batch = b < batch
+    owned = per_row(in_batch, UNITS_FIRST) & per_unit(unit < H, UNITS_FIRST)
+    state = per_row((direction * batch + b) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+    length = tl.zeros([BLOCK_B], tl.int32) + seq_len
+    if lengths is not None:
+        length = tl.load(lengths + b, mask=in_batch, other=0).to(tl.int32)
+    return b, unit, in_batch, owned, state, length
+
+
+@triton.jit
 def time_of(step, length, reverse):
-    """Time index that each row handles at `step`: a bijection of [0, T) onto itself.
+    """Time index (int64) that each row handles at `step`: a bijection of [0, T) onto itself.
 
     The reverse direction starts at each row's true end; steps beyond it visit the padding.
     """
-    return tl.where(reverse & (step < length), length - 1 - step, step)
+    return tl.where(reverse & (step < length), length - 1 - step, step).to(tl.int64)
 
 
 @triton.jit

@@ -16,7 +16,9 @@ class Device:
     arch: "sm_90", "gfx942", ... or "interpreter", which runs one program after another.
     multiprocessors: SMs (compute units) that a kernel can use.
     shared_memory: bytes of shared memory that one program may ask for.
-    cooperative: launches can demand that all their programs are resident together.
+    cooperative: programs of one launch may wait for each other: the launch can demand that all are
+        resident together, and the compiler keeps the exchange's volatile loads. Triton's AMD
+        backend does not (3.7.1 drops `volatile`, so a poll is read once).
     """
 
     name: str
@@ -44,7 +46,7 @@ KNOWN = {
         Device("H100", "sm_90", 132, 227 * 1024),
         Device("B200", "sm_100", 148, 227 * 1024),
         Device("RTX 5090", "sm_120", 170, 99 * 1024),
-        Device("MI300X", "gfx942", 304, 64 * 1024),
+        Device("MI300X", "gfx942", 304, 64 * 1024, cooperative=False),
     )
 }
 INTERPRETER = Device("Triton interpreter", "interpreter", 1, 1 << 30, cooperative=False)
@@ -62,6 +64,6 @@ def _device_of(index: int) -> Device:
     shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
-        return Device(properties.name, arch, properties.multi_processor_count, shared_memory)
+        return Device(properties.name, arch, properties.multi_processor_count, shared_memory, cooperative=False)
     arch = f"sm_{properties.major}{properties.minor}"
     return Device(properties.name, arch, properties.multi_processor_count, shared_memory)

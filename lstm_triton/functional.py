@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops, reference
-from .routing import kernel_refusal
+from .routing import (
+    BACKENDS,
+    PRECISIONS,
+    autocast_is_on,
+    check_choice,
+    kernel_refusal,
+    warn_once_of_the_loop,
+)
 
 State = tuple[Tensor, Tensor]
 
@@ -56,9 +63,12 @@ def lstm(
         RuntimeError: shapes that do not fit together, T = 0, tensors on different devices or of
             different types, or a path that cannot run.
     """
+    check_choice("backend", backend, BACKENDS)
+    if precision:
+        check_choice("precision", precision, PRECISIONS)
     directions = 2 if bidirectional else 1
     input, hx, weights = _autocast(input, hx, weights)
-    _check(input, hx, weights, num_layers * directions, bias, batch_first, lengths, reset)
+    _check(input, hx, weights, num_layers * directions, directions, bias, batch_first, lengths, reset)
     hidden_size = weights[1].shape[1]
     refusal = kernel_refusal(
         backend,
@@ -70,12 +80,17 @@ def lstm(
         directions,
         0,
     )
+    if refusal and plan:
+        raise RuntimeError(f"a plan was given, and the kernels do not run: {refusal}")
     if refusal and lengths is None and reset is None:
         if hx is None:
             zero = input.new_zeros((num_layers * directions, input.shape[0 if batch_first else 1], hidden_size))
             hx = (zero, zero)
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
+    if refusal and input.is_cuda:
+        warn_once_of_the_loop(refusal)
     if lengths is not None:
+        lengths = lengths.to(input.device)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
     h_n, c_n = [], []
@@ -133,7 +148,7 @@ def _autocast(
 ) -> tuple[Tensor, State | None, Sequence[Tensor]]:
     """Under autocast everything is computed in its type, as nn.LSTM does on a GPU."""
     kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if input.dtype == torch.float64 or not autocast_is_on(kind):
         return input, hx, weights
     dtype = torch.get_autocast_dtype(kind)
     state = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
@@ -142,7 +157,6 @@ def _autocast(
 
 def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """bool [T, B] or [B, T]: steps beyond a row's length."""
-    lengths = lengths.to(input.device)
     time = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
     return time >= lengths.unsqueeze(1) if batch_first else time.unsqueeze(1) >= lengths
 
@@ -152,6 +166,7 @@ def _check(
     hx: State | None,
     weights: Sequence[Tensor],
     states: int,
+    directions: int,
     bias: bool,
     batch_first: bool,
     lengths: Tensor | None,
@@ -165,11 +180,12 @@ def _check(
     batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
     if seq_len == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size = weights[1].shape[1]
-    if weights[0].shape[1] != input.shape[2]:
+    hidden_size = weights[1].shape[-1]
+    if weights[0].shape[-1] != input.shape[2]:
         raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[1]}, got {input.shape[2]}"
+            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {input.shape[2]}"
         )
+    _check_weights(weights, hidden_size, directions, bias)
     for name, tensor in zip(("h_0", "c_0"), hx or ()):
         if tuple(tensor.shape) != (states, batch, hidden_size):
             raise RuntimeError(f"Expected {name} size {(states, batch, hidden_size)}, got {list(tensor.shape)}")
@@ -194,6 +210,19 @@ def _check(
                 f"reset must be a bool tensor of size {expected} on {input.device}, "
                 f"got {reset.dtype} of size {tuple(reset.shape)} on {reset.device}"
             )
+
+
+def _check_weights(weights: Sequence[Tensor], hidden_size: int, directions: int, bias: bool) -> None:
+    """The kernels index into weights by these shapes."""
+    gates, count = 4 * hidden_size, 4 if bias else 2
+    for index in range(0, len(weights), count):
+        inputs = weights[0].shape[-1] if index < directions * count else directions * hidden_size
+        expected = [(gates, inputs), (gates, hidden_size), (gates,), (gates,)]
+        for name, tensor, shape in zip(
+            ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights[index:], expected[:count]
+        ):
+            if tuple(tensor.shape) != shape:
+                raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(tensor.shape)}")
 
 
 def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:

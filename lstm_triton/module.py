@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
-from .routing import BACKENDS, PRECISIONS, compute_dtype, kernel_refusal
+from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal
 
 State = tuple[Tensor, Tensor]
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got: {value!r}")
+def _check_pair(hx: State) -> None:
+    if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
+        raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
 
 
 class LSTM(nn.RNNBase):
@@ -43,9 +43,9 @@ class LSTM(nn.RNNBase):
     _forward_by_torch: Any = nn.LSTM.forward
 
     def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
-        _check_choice("backend", backend, BACKENDS)
+        check_choice("backend", backend, BACKENDS)
         if precision is not None:
-            _check_choice("precision", precision, PRECISIONS)
+            check_choice("precision", precision, PRECISIONS)
         self.backend = backend
         self.precision = precision
         super().__init__("LSTM", *args, **kwargs)
@@ -54,8 +54,9 @@ class LSTM(nn.RNNBase):
         super().__setstate__({"backend": "auto", "precision": None, **state})
 
     def flatten_parameters(self) -> None:
-        """Nothing, unless backend="torch": only cuDNN wants its weights in one piece."""
-        if self.backend == "torch":
+        """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
+        weight = self._flat_weights[0]
+        if self.backend != "triton" and isinstance(weight, Tensor) and weight.is_cuda and self.refusal(weight):
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
@@ -122,6 +123,7 @@ class LSTM(nn.RNNBase):
         if hx is None:
             self.check_input(input, None)
         else:
+            _check_pair(hx)
             dims = 3 if batched else 2
             if hx[0].dim() != dims or hx[1].dim() != dims:
                 raise RuntimeError(
@@ -140,6 +142,7 @@ class LSTM(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(data, batch_sizes)
         if hx is not None:
+            _check_pair(hx)
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
@@ -177,9 +180,9 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
-        _check_choice("backend", backend, BACKENDS)
+        check_choice("backend", backend, BACKENDS)
         if precision is not None:
-            _check_choice("precision", precision, PRECISIONS)
+            check_choice("precision", precision, PRECISIONS)
         super().__init__(*args, **kwargs)
         self.backend = backend
         self.precision = precision
@@ -197,10 +200,10 @@ class LSTMCell(nn.LSTMCell):
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        self._check_sizes(input, hx)
         for index, value in enumerate(hx or ()):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
-        self._check_sizes(input, hx)
         batched = input.dim() == 2
         state = None
         if hx is not None:
@@ -221,6 +224,11 @@ class LSTMCell(nn.LSTMCell):
 
     def _check_sizes(self, input: Tensor, hx: State | None) -> None:
         """Raise what aten's lstm_cell raises."""
+        if hx is not None:
+            if not isinstance(hx, (tuple, list)):
+                raise TypeError(f"lstm_cell(): hx must be a tuple of Tensors, not {type(hx).__name__}")
+            if len(hx) != 2:
+                raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
         for index, value in enumerate(hx or ()):

@@ -18,6 +18,7 @@ planner's choice, or "forward config|backward config" in the notation of `Config
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -33,9 +34,15 @@ from .routing import kernel_device, resolve_precision
 
 def choose_config(which: str, override: str, w_hh: Tensor, batch: int, precision: str) -> Config:
     """The config of one pass: from the `plan` argument, else from the planner."""
-    if override:
-        return Config.decode(override.split("|")[PASSES.index(which)])
     directions, _, hidden_size = w_hh.shape
+    if override:
+        texts = override.split("|")
+        if len(texts) != len(PASSES):
+            raise ValueError(f"a plan is two configs with a | between them, got {override!r}")
+        config = Config.decode(texts[PASSES.index(which)])
+        if config.placement == "local" and config.block_h < hidden_size:
+            raise ValueError(f"placement 'local' needs block_h >= H = {hidden_size}, got {config.block_h}")
+        return config
     dtype = str(w_hh.dtype).removeprefix("torch.")
     device = kernel_device(w_hh.device)
     if isinstance(device, NoPlan):
@@ -51,18 +58,32 @@ def layout_of(x: Tensor, batch_first: bool) -> Layout:
     return Layout(batch, seq_len, batch_first)
 
 
+_MATMUL_PRECISION = threading.Lock()
+
+
 @contextlib.contextmanager
 def matmul_precision(x: Tensor, precision: str) -> Iterator[None]:
-    """Let cuBLAS use TF32 exactly where the recurrence does."""
+    """Let cuBLAS use TF32 exactly where the recurrence does.
+
+    The setting belongs to the process: it is touched only where it differs, under a lock (backward
+    passes of several GPUs run in threads), and given back as it was, inherited or explicit.
+    """
+    settings, wanted = torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"
     if x.dtype != torch.float32 or not x.is_cuda:
         yield
         return
-    saved = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = saved
+    with _MATMUL_PRECISION:
+        saved = settings.fp32_precision
+        if saved == wanted or (saved == "none" and wanted == "ieee"):
+            yield
+            return
+        settings.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            settings.fp32_precision = "none"
+            if settings.fp32_precision != saved:
+                settings.fp32_precision = saved
 
 
 def _ready(tensor: Tensor | None) -> Tensor | None:
@@ -76,8 +97,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _pair(h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    h, c = _ready(h), _ready(c)
-    return None if h is None or c is None else (h, c)
+    if (h is None) != (c is None):
+        raise RuntimeError("an initial or reset state has an h and a c: give both or none")
+    return None if h is None or c is None else (_aligned(h), _aligned(c))
 
 
 def _row_lengths(lengths: Tensor | None, layout: Layout, device: torch.device) -> Tensor | None:

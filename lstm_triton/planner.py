@@ -19,6 +19,7 @@ from .device import Device
 from .kernels.config import Config
 
 PASSES = ("forward", "backward")
+LARGEST_HIDDEN_SIZE = 16_384  # offsets inside W_hh [4H, H] are 32-bit
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -89,6 +90,8 @@ def refusal(device: Device, dtype: str, precision: str) -> NoPlan | None:
         return None
     if dtype == "float64":
         return NoPlan("float64 runs through the kernels in Triton's interpreter only, and by PyTorch elsewhere")
+    if not device.is_nvidia and device.arch != "gfx942":
+        return NoPlan(f"of AMD's GPUs the kernels have been compiled for gfx942 only, {device.name} is {device.arch}")
     if dtype == "float32" and precision == "tf32x3" and not device.is_nvidia:
         return NoPlan(f"Triton does not compile tf32x3 for {device.arch}")
     if device.is_nvidia and int(device.arch[3:]) < 80:
@@ -106,10 +109,14 @@ def _plan(problem: Problem, device: Device) -> Plan | NoPlan:
     none = refusal(device, problem.dtype, problem.precision)
     if none is not None:
         return none
-    ranked = sorted(candidates(problem, device), key=lambda config: microseconds_per_step(config, problem, device))
-    if not ranked:
+    if problem.hidden_size > LARGEST_HIDDEN_SIZE:
+        return NoPlan(f"hidden_size is at most {LARGEST_HIDDEN_SIZE} in the kernels, got {problem.hidden_size}")
+    found = list(candidates(problem, device))
+    # One launch a step is for what cannot run otherwise: whether it is needed depends on H alone.
+    found = [config for config in found if config.placement != "stepwise"] or found
+    if not found:
         return NoPlan(f"no config for {problem} fits the shared memory of {device.name} ({device.shared_memory} bytes)")
-    return Plan(ranked[0], "heuristic")
+    return Plan(min(found, key=lambda config: microseconds_per_step(config, problem, device)), "heuristic")
 
 
 def candidates(problem: Problem, device: Device) -> Iterator[Config]:

@@ -68,7 +68,11 @@ def _schedule(
 ) -> tuple[Tensor, Tensor]:
     """time[s, d, b] handled at step s by direction d of row b, and active[s, b]."""
     step = torch.arange(seq_len, device=device).view(-1, 1, 1)
-    length = torch.full((batch,), seq_len, device=device) if lengths is None else lengths.to(device, torch.int64)
+    length = (
+        torch.full((batch,), seq_len, device=device)
+        if lengths is None
+        else lengths.to(device, torch.int64).clamp(0, seq_len)
+    )
     active = step < length
     time = torch.where(active & (torch.arange(directions, device=device).view(1, -1, 1) == 1), length - 1 - step, step)
     return time, active.squeeze(1)

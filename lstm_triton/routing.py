@@ -10,6 +10,7 @@ import logging
 from functools import cache, lru_cache
 
 import torch
+from torch.autograd import forward_ad
 
 from .device import INTERPRETER, Device, device_of
 from .kernels.forward import lstm_forward_kernel
@@ -43,9 +44,13 @@ def resolve_precision(precision: str) -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32" else "ieee"
 
 
+def autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(device_type: str, dtype: torch.dtype) -> str:
-    """The name of the type that a call computes in: autocast's if it is on, else the weights'."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """The name of the type that a call computes in: autocast's if it is on (never for float64), else the weights'."""
+    if dtype != torch.float64 and autocast_is_on(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     return str(dtype).removeprefix("torch.")
 
@@ -63,6 +68,7 @@ def kernel_refusal(
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     reason = _refusal(backend, device, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
+    reason = reason or _transform()
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if reason and device_type == "cuda":
@@ -73,6 +79,15 @@ def kernel_refusal(
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which
 # would import TorchDynamo, a second of import time.
 kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _transform() -> str:
+    """The kernels have first derivatives in reverse mode: what else is asked of them, if anything."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform (grad, jvp, vmap) is active, and the kernels' operators have no rules for them"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active, and the kernels have no forward-mode derivative"
+    return ""
 
 
 @lru_cache(maxsize=4096)
@@ -101,6 +116,18 @@ def _refusal(
     return ""
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise the ValueError of an argument that is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got: {value!r}")
+
+
 @cache
 def _log_once(reason: str) -> None:
     logger.info("LSTM takes PyTorch's path: %s", reason)
+
+
+@cache
+def warn_once_of_the_loop(reason: str) -> None:
+    """lengths and reset without the kernels are a Python loop over time: slow on a GPU, so say it aloud."""
+    logger.warning("LSTM with lengths or reset runs step by step in plain PyTorch: %s", reason)

@@ -324,6 +324,71 @@ def test_batch_first_copies_nothing_and_output_is_contiguous() -> None:
     assert out.is_contiguous()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_states_are_too_many(backend: str) -> None:
+    x, state = torch.randn(3, 2, 5), torch.zeros(1, 2, 6)
+    with pytest.raises(RuntimeError, match="expects two hidden states"):
+        LSTM(5, 6, backend=backend)(x, (state, state, state))
+    with pytest.raises(RuntimeError, match="expects two hidden states"):
+        LSTMCell(5, 6, backend=backend)(x[0], (state[0], state[0], state[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_beyond_the_sequence_under_compile(backend: str) -> None:
+    """Nobody looks at the values there, so they are clamped on either path."""
+    module = LSTM(5, 6, bidirectional=True, backend=backend)
+    x = torch.randn(4, 2, 5)
+    compiled = torch.compile(module, backend="eager")
+    want = module(x, lengths=torch.tensor([4, 2]))[0]
+    torch.testing.assert_close(compiled(x, lengths=torch.tensor([9, 2]))[0], want)
+
+
+def test_forward_mode_and_transforms_never_go_wrong_silently() -> None:
+    x = torch.randn(3, 2, 5)
+    module = LSTM(5, 6, backend="triton")
+    for call in (
+        lambda: torch.func.jvp(lambda v: module(v)[0], (x,), (x,)),
+        lambda: torch.func.grad(lambda v: module(v)[0].sum())(x),
+        lambda: torch.func.vmap(lambda v: module(v)[0], in_dims=1)(x),
+    ):
+        with pytest.raises(RuntimeError, match="transform"):
+            call()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        module(torch.autograd.forward_ad.make_dual(x, x))
+    auto = LSTM(5, 6)
+    torch.testing.assert_close(
+        torch.func.grad(lambda v: auto(v)[0].sum())(x),
+        torch.autograd.grad(auto(leaf := x.clone().requires_grad_())[0].sum(), leaf)[0],
+    )
+
+
+def test_float64_is_not_cast_by_autocast() -> None:
+    module = LSTM(5, 6, dtype=torch.float64)
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x, lengths=torch.tensor([3, 1]))[0].dtype == torch.float64
+
+
+def test_errors_of_the_functional_form() -> None:
+    lstm, x = lstm_triton.functional.lstm, torch.randn(3, 2, 5)
+    good = [torch.randn(24, 5), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
+    assert lstm(x, None, good)[0].shape == (3, 2, 6)
+    for index, shape in ((0, (20, 5)), (1, (24, 4)), (1, (24, 12)), (2, (1,)), (3, (6,))):
+        bad = [*good[:index], torch.randn(shape), *good[index + 1 :]]
+        with pytest.raises(RuntimeError, match=r"Expected (weight|bias)_.h of size"):
+            lstm(x, None, bad, backend="triton")
+    with pytest.raises(RuntimeError, match="expected 4 weights, got 2"):
+        lstm(x, None, good[:2])
+    with pytest.raises(ValueError, match="backend should be one of"):
+        lstm(x, None, good, backend="Triton")
+    with pytest.raises(ValueError, match="precision should be one of"):
+        lstm(x, None, good, precision="tf23")
+    with pytest.raises(RuntimeError, match="a plan was given, and the kernels do not run"):
+        lstm(x, None, good, plan="x|y")
+    with pytest.raises(ValueError, match="two configs"):
+        lstm(x, None, good, backend="triton", plan="nonsense")
+
+
 def test_autocast() -> None:
     """Computes in autocast's type, as nn.LSTM does."""
     module = LSTM(5, 6, backend="triton")

@@ -169,6 +169,18 @@ def test_lengths_beyond_the_sequence_are_clamped() -> None:
     assert all(torch.equal(a, b) for a, b in zip(want, torch.ops.lstm_triton.layer(*inputs)[:3]))
 
 
+def test_a_plan_that_contradicts_the_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'local' needs block_h >= H = 20, got 16"):
+        torch.ops.lstm_triton.layer(*arguments(Case(), torch.float32, f"{LOCAL.encode()}|{LOCAL.encode()}"))
+
+
+def test_half_a_state_is_an_error() -> None:
+    inputs = list(arguments(Case(), torch.float32))
+    inputs[5] = None
+    with pytest.raises(RuntimeError, match="give both or none"):
+        torch.ops.lstm_triton.layer(*inputs)
+
+
 def test_an_empty_batch() -> None:
     inputs = list(arguments(Case(), torch.float32))
     for index in (0, 4, 5):

@@ -49,7 +49,10 @@ def test_plans_fit_any_device(device: Device) -> None:
 def test_default_placements(arch: str) -> None:
     device = KNOWN[arch]
     placement = {h: plan(problem(hidden_size=h), device).config.placement for h in (32, 64, 512, 1024)}
-    assert placement == {32: "local", 64: "local", 512: "grid", 1024: "grid"}
+    # On AMD nothing may wait: see Device.cooperative.
+    large = "grid" if device.cooperative else "stepwise"
+    assert device.cooperative == device.is_nvidia
+    assert placement == {32: "local", 64: "local", 512: large, 1024: large}
 
 
 def test_weights_are_resident_at_1024_on_hopper() -> None:
@@ -79,6 +82,17 @@ def test_without_cooperative_launch_nothing_waits() -> None:
     assert plan(problem(hidden_size=64), device).config.placement == "local"
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_stepwise_does_not_depend_on_the_batch(arch: str) -> None:
+    """Routing decides once per module: a batch size must not turn a grid plan into one launch a step."""
+    for which, hidden_size, directions, dtype in itertools.product(
+        PASSES, (512, 1536, 2048, 3000, 4096), (1, 2), ("bfloat16", "float32")
+    ):
+        problems = [problem(which, hidden_size, b, directions=directions, dtype=dtype) for b in (1, 16, 64, 256, 4096)]
+        placements = {plan(p, KNOWN[arch]).config.placement == "stepwise" for p in problems}
+        assert len(placements) == 1
+
+
 def test_more_hidden_tiles_than_multiprocessors() -> None:
     """Not even one batch tile is resident as a whole: one launch a step."""
     device = replace(KNOWN["sm_90"], multiprocessors=8)
@@ -99,6 +113,7 @@ def test_the_interpreter_never_gets_a_kernel_that_waits(hidden_size: int) -> Non
         (KNOWN["sm_90"], "int64", "ieee", "not in int64"),
         (Device("T4", "sm_75", 40, 64 * 1024), "float16", "tf32", "compute capability 8.0, T4 has sm_75"),
         (KNOWN["gfx942"], "float32", "tf32x3", "does not compile tf32x3 for gfx942"),
+        (Device("MI250", "gfx90a", 104, 64 * 1024), "float16", "tf32", "for gfx942 only, MI250 is gfx90a"),
         (INTERPRETER, "bfloat16", "ieee", "bit patterns of bfloat16"),
     ],
 )
@@ -111,6 +126,11 @@ def test_too_little_shared_memory_is_a_reason() -> None:
     chosen = plan(problem(), replace(KNOWN["sm_90"], shared_memory=4096))
     assert isinstance(chosen, NoPlan)
     assert "fits the shared memory" in chosen.reason
+
+
+def test_hidden_sizes_are_limited_by_offsets_in_the_weights() -> None:
+    assert isinstance(plan(problem(hidden_size=16_384), KNOWN["sm_90"]), Plan)
+    assert "at most 16384 in the kernels, got 16385" in plan(problem(hidden_size=16_385), KNOWN["sm_90"]).reason
 
 
 def test_a_config_that_spills_does_not_fit() -> None:

@@ -1,0 +1,44 @@
+"""Which launches a config becomes: waves of batch tiles, steps, and their order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.launch import MOST_TILES, compile_options, launches
+
+GRID = Config("grid", "flags", True, False, 1, 16, 16, 16, 4, max_batch_tiles=2)
+STEPWISE = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
+LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
+
+
+def test_waves_cover_the_batch_once() -> None:
+    assert list(launches(GRID, Layout(70, 9, False), False)) == [(0, 2, 0, 9), (2, 2, 0, 9), (4, 1, 0, 9)]
+    assert list(launches(LOCAL, Layout(70, 9, False), False)) == [(0, 5, 0, 9)]
+
+
+def test_one_launch_a_step_in_the_order_of_the_pass() -> None:
+    layout = Layout(17, 3, False)
+    assert list(launches(STEPWISE, layout, False)) == [(0, 2, 0, 1), (0, 2, 1, 2), (0, 2, 2, 3)]
+    assert list(launches(STEPWISE, layout, True)) == [(0, 2, 2, 3), (0, 2, 1, 2), (0, 2, 0, 1)]
+
+
+def test_batches_beyond_the_grid_limit() -> None:
+    """A million rows are more batch tiles than one CUDA launch can count."""
+    tiles = [count for _, count, _, _ in launches(LOCAL, Layout(16 * MOST_TILES + 1, 1, False), False)]
+    assert tiles == [MOST_TILES, 1]
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    assert not list(launches(GRID, Layout(0, 5, True), True))
+
+
+def test_only_what_waits_is_cooperative() -> None:
+    assert compile_options(GRID, nvidia=True)["launch_cooperative_grid"]
+    assert compile_options(replace(GRID, protocol="mailbox"), nvidia=False)["launch_cooperative_grid"]
+    assert "launch_cooperative_grid" not in compile_options(LOCAL, nvidia=True)
+
+
+def test_row_strides() -> None:
+    assert (Layout(4, 7, False).stride_t, Layout(4, 7, False).stride_b) == (4, 1)
+    assert (Layout(4, 7, True).stride_t, Layout(4, 7, True).stride_b) == (1, 7)
