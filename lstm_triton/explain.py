@@ -41,6 +41,9 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
 
     Raises RuntimeError where the call itself would: backend="triton" where the kernels cannot run.
     """
+    if not isinstance(module, (LSTM, LSTMCell)):
+        kind = type(module)
+        raise TypeError(f"explains an LSTM or LSTMCell of lstm_triton, got {kind.__name__} of {kind.__module__}")
     packed = isinstance(input, PackedSequence)
     data: Tensor = input.data if packed else input  # type: ignore[assignment]
     layers = module.num_layers if isinstance(module, LSTM) else 1

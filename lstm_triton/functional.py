@@ -175,8 +175,8 @@ def _check(
     """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-    if len(weights) != states * (4 if bias else 2):
-        raise RuntimeError(f"expected {states * (4 if bias else 2)} weights, got {len(weights)}")
+    if states < 1 or len(weights) != states * (4 if bias else 2):
+        raise RuntimeError(f"expected {states * (4 if bias else 2)} weights of at least one layer, got {len(weights)}")
     batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
     if seq_len == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -226,6 +226,8 @@ def _check_weights(weights: Sequence[Tensor], hidden_size: int, directions: int,
 
 
 def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if tuple(lengths.shape) != (batch,) or not integer:
         raise RuntimeError(

@@ -14,6 +14,18 @@ from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_r
 State = tuple[Tensor, Tensor]
 
 
+def _untraced(function: Any, *arguments: Any) -> Any:
+    """Call a function outside the graph that TorchDynamo is tracing: the graph breaks here.
+
+    Dynamo breaks at every nn.LSTM of its own accord. Here it does where tracing would fail
+    (training by oneDNN in PyTorch 2.13, the packing of sequences) or unroll cuDNN's loop.
+    """
+    return torch.compiler.disable(function)(*arguments)
+
+
+_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import
+
+
 def _check_pair(hx: State) -> None:
     if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
@@ -101,11 +113,16 @@ class LSTM(nn.RNNBase):
             output and (h_n, c_n), shaped as nn.LSTM shapes them.
         """
         packed = isinstance(input, PackedSequence)
+        traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if self.refusal(input.data if packed else input) and lengths is None and reset is None:  # type: ignore[arg-type]
+            if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
+                return _untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:
             if lengths is not None or reset is not None:
                 raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
+            if traced:
+                return _untraced(LSTM._forward_packed, self, input, hx)
             return self._forward_packed(input, hx)  # type: ignore[arg-type]
         return self._forward_padded(input, hx, lengths, reset)  # type: ignore[arg-type]
 

@@ -114,7 +114,16 @@ def test_a_folder_is_no_text(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--steps", "0"], ["--dropout", "1"], ["--temperature", "0"], ["--clip", "nan"], ["--layers", "two"]]
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--dropout", "1"],
+        ["--temperature", "0"],
+        ["--clip", "nan"],
+        ["--layers", "two"],
+        ["--seed", "-1"],
+        ["--device", "meta"],
+    ],
 )
 def test_wrong_options_are_status_2(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:
@@ -156,3 +165,49 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_the_default_text_ships_with_python() -> None:
     assert len(text_module.default_text()) > 400_000
+
+
+@pytest.mark.parametrize("options", [["--backend", "triton"], ["--device", "cuda"], ["--device", "cpu:x"]])
+def test_what_cannot_run_is_one_line_and_status_2(
+    tmp_path: Path, text: Path, options: list[str], capsys, monkeypatch
+) -> None:
+    from lstm_triton import module
+
+    def refuse(*_):
+        raise RuntimeError('backend="triton" is not possible: no GPU')
+
+    if "triton" in options:  # in these tests the interpreter makes it possible
+        monkeypatch.setattr(module, "kernel_refusal", refuse)
+    elif torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert run(tmp_path / "out", "--text", str(text), *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("char_lm: ")
+    assert error.count("\n") == 1
+
+
+def test_an_impossible_folder_is_one_line_and_status_2(tmp_path: Path, text: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file", "--text", str(text)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_divergence_is_one_line_and_status_1(tmp_path: Path, text: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(char_lm.F, "cross_entropy", lambda logits, targets, **_: logits.sum() * float("nan"))
+    assert run(tmp_path / "out", "--text", str(text), "--steps", "5") == 1
+    assert "the loss is nan at step 1; try a lower --learning-rate" in capsys.readouterr().err
+    assert char_lm.perplexity(1e6) == "e^1000000"
+
+
+def test_interrupt_before_the_first_validation_and_while_sampling(
+    tmp_path: Path, text: Path, monkeypatch, capsys
+) -> None:
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for name, left in (("evaluate", []), ("generate", ["best.pt", "loss.png"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(char_lm, name, interrupt)
+            assert run(tmp_path / name, "--text", str(text), "--steps", "4", "--evaluations", "1") == 130
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == left
+        assert "interrupted" in capsys.readouterr().err

@@ -221,6 +221,7 @@ def test_errors_have_the_type_of_nn_lstm(backend: str, name: str) -> None:
     [
         (dict(lengths=torch.tensor([1, 4])), RuntimeError, r"lengths must lie in \[0, 3\], got \[1, 4\]"),
         (dict(lengths=torch.tensor([-1, 3])), RuntimeError, r"lengths must lie in \[0, 3\]"),
+        (dict(lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
         (dict(lengths=torch.tensor([1, 2, 3])), RuntimeError, r"of size \(2,\), got torch.int64 of size \(3,\)"),
         (dict(lengths=torch.tensor([1.0, 2.0])), RuntimeError, "must be an integer tensor"),
         (dict(lengths=torch.tensor([True, False])), RuntimeError, "must be an integer tensor"),
@@ -377,7 +378,7 @@ def test_errors_of_the_functional_form() -> None:
         bad = [*good[:index], torch.randn(shape), *good[index + 1 :]]
         with pytest.raises(RuntimeError, match=r"Expected (weight|bias)_.h of size"):
             lstm(x, None, bad, backend="triton")
-    with pytest.raises(RuntimeError, match="expected 4 weights, got 2"):
+    with pytest.raises(RuntimeError, match="expected 4 weights of at least one layer, got 2"):
         lstm(x, None, good[:2])
     with pytest.raises(ValueError, match="backend should be one of"):
         lstm(x, None, good, backend="Triton")
@@ -408,6 +409,25 @@ def test_compile_fullgraph(backend: str) -> None:
         torch.testing.assert_close(compiled(x)[0], module(x)[0])
     compiled(x)[0].sum().backward()
     assert module.weight_hh_l0.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_for_training_on_any_path(backend: str, packed: bool) -> None:
+    """Where Dynamo cannot go the graph breaks, as it does at nn.LSTM; results and gradients stay right."""
+    module = LSTM(5, 6, backend=backend)
+    x = torch.randn(4, 3, 5)
+    given = pack_padded_sequence(x, torch.tensor([4, 2, 1])) if packed else x
+    want = module(given)[0]
+    got = torch.compile(module, backend="aot_eager")(given)[0]
+    torch.testing.assert_close(got.data, want.data)
+    (got.data if packed else got).sum().backward()
+    assert module.weight_hh_l0.grad is not None
+
+
+def test_explain_refuses_other_modules() -> None:
+    with pytest.raises(TypeError, match=r"explains an LSTM or LSTMCell of lstm_triton, got LSTM of torch"):
+        lstm_triton.explain(nn.LSTM(5, 6), torch.randn(4, 3, 5))
 
 
 def test_explain() -> None:

@@ -33,6 +33,15 @@ from .text import Corpus, CorpusError, batches, default_text, read_text
 State = tuple[Tensor, Tensor]
 
 
+class Diverged(ArithmeticError):
+    """Training has left the finite numbers; the message is one line for the user."""
+
+
+def perplexity(loss: float) -> str:
+    """exp of a loss in nats per character, as text."""
+    return f"{math.exp(min(loss, 700.0)):.2f}" if loss < 20 else f"e^{loss:.0f}"
+
+
 class CharLM(nn.Module):
     """Embedding, LSTM, dropout and a decoder, which shares the embedding's weight if `tie`."""
 
@@ -150,6 +159,8 @@ def train(model: CharLM, corpus: Corpus, options: argparse.Namespace, history: H
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             optimizer.step()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise Diverged(f"the loss is {losses[-1]} at step {step}; try a lower --learning-rate")
             seen += targets.numel()
             speed = seen / (time.perf_counter() - started - validating)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} characters/s", refresh=False)
@@ -158,12 +169,14 @@ def train(model: CharLM, corpus: Corpus, options: argparse.Namespace, history: H
                 before = time.perf_counter()
                 valid = evaluate(model, corpus.valid, options.batch, options.seq_len)
                 validating += time.perf_counter() - before
+                if not math.isfinite(valid):
+                    raise Diverged(f"the validation loss is {valid} at step {step}; try a lower --learning-rate")
                 scheduler.step(valid)
                 history.trained.append(seen)
                 history.train.append(sum(losses) / len(losses))
                 history.valid.append(valid)
                 losses = []
-                perplexities = f"perplexity {math.exp(history.train[-1]):.2f}, in validation {math.exp(valid):.2f}"
+                perplexities = f"perplexity {perplexity(history.train[-1])}, in validation {perplexity(valid)}"
                 bar.write(f"step {step}: loss {history.train[-1]:.3f}, {perplexities}", file=sys.stdout)
                 if valid < best:
                     best = valid
@@ -202,8 +215,8 @@ def report(model: CharLM, corpus: Corpus, history: History) -> str:
     embedded = model.embedding(inputs).detach()
     where, differences = largest_differences(model.lstm, embedded)
     lines = [
-        f"{'validation perplexity':28} {math.exp(min(history.valid)):.2f}",
-        f"{'unigram baseline':28} {math.exp(history.unigram):.2f}",
+        f"{'validation perplexity':28} {perplexity(min(history.valid))}",
+        f"{'unigram baseline':28} {perplexity(history.unigram)}",
         *(
             f"{'path of layer ' + str(layer.layer):28} {layer.path}: {layer.reason}"
             for layer in explain(model.lstm, embedded).layers
@@ -234,7 +247,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tie", action="store_true", help="share the weights of embedding and decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
     for name in integers:
@@ -243,42 +256,64 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("learning_rate", "clip", "temperature"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be in [0, 2^63), got {options.seed}")
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu, cuda or cuda:N, got {options.device}")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be in [0, 1), got {options.dropout}")
     return options
+
+
+def prepare(options: argparse.Namespace) -> tuple[Corpus, CharLM]:
+    """The corpus and the model, on the device. Raises CorpusError, OSError or RuntimeError for wrong input."""
+    text = default_text() if options.text is None else read_text(options.text)
+    corpus = Corpus.from_text(text, shortest=2 * options.batch)
+    corpus = Corpus(corpus.alphabet, corpus.train.to(options.device), corpus.valid.to(options.device))
+    model = CharLM(**model_sizes(options, corpus), backend=options.backend).to(options.device)
+    model.lstm.refusal(model.decoder.weight)  # raises where --backend triton is not possible
+    options.out.mkdir(parents=True, exist_ok=True)
+    return corpus, model
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.manual_seed(options.seed)
     try:
-        text = default_text() if options.text is None else read_text(options.text)
-        corpus = Corpus.from_text(text, shortest=2 * options.batch)
-    except CorpusError as error:
-        print(f"char_lm: {error}", file=sys.stderr)
+        corpus, model = prepare(options)
+    except (CorpusError, OSError, RuntimeError, AssertionError) as error:  # torch asserts that CUDA is there
+        print(f"char_lm: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
-    corpus = Corpus(corpus.alphabet, corpus.train.to(options.device), corpus.valid.to(options.device))
-    options.out.mkdir(parents=True, exist_ok=True)
-    model = CharLM(**model_sizes(options, corpus), backend=options.backend).to(options.device)
     history = History(corpus.unigram_loss())
+    try:
+        run(model, corpus, options, history)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the best checkpoint so far, if there is one, is in {options.out}", file=sys.stderr)
+        return 130
+    except Diverged as error:
+        print(f"char_lm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(model: CharLM, corpus: Corpus, options: argparse.Namespace, history: History) -> None:
+    """Train, plot whatever happens, sample from the best checkpoint and report."""
+    characters = len(corpus.train) + len(corpus.valid)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{len(text):,} characters, {len(corpus.alphabet)} different ones, {parameters:,} parameters, {options.device}"
+        f"{characters:,} characters, {len(corpus.alphabet)} different ones, {parameters:,} parameters, {options.device}"
     )
     try:
         train(model, corpus, options, history, options.out)
-    except KeyboardInterrupt:
-        history.plot(options.out / "loss.png")
-        print(f"\ninterrupted; what there is so far is in {options.out}", file=sys.stderr)
-        return 130
-    history.plot(options.out / "loss.png")
+    finally:
+        if history.trained:
+            history.plot(options.out / "loss.png")
     best, alphabet = load(options.out / "best.pt")
     sample = generate(best, alphabet, options.sample, options.temperature, options.seed)
     write_atomically(options.out / "sample.txt", lambda part: part.write_text(sample, encoding="utf-8"))
     print(f"\n--- {options.sample} characters at temperature {options.temperature} ---\n{sample}\n---\n")
     print(report(model, corpus, history))
     print(f"\nwritten: {', '.join(str(options.out / name) for name in ('best.pt', 'loss.png', 'sample.txt'))}")
-    return 0
 
 
 if __name__ == "__main__":
