@@ -24,7 +24,6 @@ from .forward import lstm_forward
 from .launch import compile_options, constants
 from .tiles import RUNTIME_SIZES
 
-PASSES = ("forward", "backward")
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

@@ -13,12 +13,12 @@ import torch
 from torch.autograd import forward_ad
 
 from .device import INTERPRETER, Device, device_of
+from .kernels.config import PRECISIONS as PRECISIONS
 from .kernels.forward import lstm_forward_kernel
 from .kernels.launch import is_interpreted
 from .planner import PASSES, NoPlan, Problem, plan, refusal
 
 BACKENDS = ("auto", "triton", "torch")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 logger = logging.getLogger("lstm_triton")
 
 

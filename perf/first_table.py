@@ -23,6 +23,7 @@ from lstm_triton import LSTM
 
 # region, hidden size = input size, batch, steps, layers, directions, type. What "region" means is
 # which algorithm PyTorch asks cuDNN for; shapes as users run them.
+COLUMNS = ("region", "hidden_size", "batch", "seq_len", "layers", "directions", "dtype")
 SHAPES = [
     ("small", 64, 32, 512, 1, 1, "float16"),
     ("small", 128, 64, 256, 1, 1, "float16"),
@@ -96,8 +97,7 @@ def peak_mib(module: nn.Module, x: torch.Tensor) -> float:
 
 
 def measure(shape: tuple, repeat: int) -> dict:
-    names = ("region", "hidden_size", "batch", "seq_len", "layers", "directions", "dtype")
-    row: dict = dict(zip(names, shape)) | {"error": ""}
+    row: dict = dict(zip(COLUMNS, shape)) | {"error": ""}
     theirs, ours, x = modules(shape)
     row["error"] = wrong(theirs, ours, x)
     if row["error"]:
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             row = measure(shape, options.repeat)
         except Exception as error:  # a failure is a result: it becomes a row
-            row = dict(zip(("region", "hidden_size", "batch", "seq_len", "layers", "directions", "dtype"), shape))
+            row = dict(zip(COLUMNS, shape))
             row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         rows.append(row)
         speed = (
