@@ -1,36 +1,28 @@
 """Ahead-of-time compilation: what a config becomes on a target, with no GPU at hand.
 
-A pass is compiled from exactly what its launcher would pass: the launcher runs on meta tensors and
-hands its arguments to the compiler in place of the driver.
+The launchers run as they are, on meta tensors, under a driver that names a target and owns no
+device: Triton compiles exactly what it would on such a GPU, under the same key of its cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from .backward import lstm_backward
 from .config import Config, Layout
 from .forward import lstm_forward
-from .launch import compile_options, constants
-from .tiles import RUNTIME_SIZES
-
-_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
+from .launch import calls
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,34 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64)
 
 
+class _Driver:
+    """What Triton asks of a driver before it compiles; a device is named by its architecture."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return target_of(self.arch)
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch: str) -> Iterator[None]:
+    """Within the block Triton compiles for this target and cannot launch."""
+    drivers = triton.runtime.driver
+    before = drivers._active  # `reset_active` would ask for a GPU's driver, which may not be there
+    drivers.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        drivers._active = before
+
+
 def compile_pass(
     which: str,
     config: Config,
@@ -68,8 +88,26 @@ def compile_pass(
     lengths: bool = False,
     reset: bool = False,
 ) -> Report:
-    """Compile one pass ("forward" or "backward") of a layer with all its optional inputs given."""
+    """Compile one pass ("forward" or "backward") of a layer with an initial state given."""
     layout = Layout(batch=config.block_b, seq_len=2, batch_first=False)
+    binary = compile_call(which, config, arch, layout, hidden_size, dtype, precision, directions, save, lengths, reset)
+    return _nvidia_report(binary) if arch.startswith("sm_") else _amd_report(binary)
+
+
+def compile_call(
+    which: str,
+    config: Config,
+    arch: str,
+    layout: Layout,
+    hidden_size: int,
+    dtype: torch.dtype,
+    precision: str = "tf32",
+    directions: int = 1,
+    save: bool = True,
+    lengths: bool = False,
+    reset: bool = False,
+) -> Any:
+    """Triton's binary of the first launch of a call with these sizes."""
     meta = {"dtype": dtype, "device": "meta"}
     gates = torch.empty((layout.rows, directions, 4 * hidden_size), **meta)
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
@@ -77,56 +115,21 @@ def compile_pass(
     state = torch.empty((directions, layout.batch, hidden_size), **meta)
     row_lengths = torch.empty((layout.batch,), dtype=torch.int32, device="meta") if lengths else None
     marks = torch.empty((layout.rows,), dtype=torch.bool, device="meta") if reset else None
-    reports: list[Report] = []
+    binaries: list[Any] = []
 
     def launch(kernel, config, layout, hidden_size, directions, precision, exchanged, backward, arguments) -> None:
-        flags = exchanged.new_empty((1,), dtype=torch.int32) if config.protocol == "flags" else None
-        fixed = constants(config, hidden_size, directions, precision, exchanged.dtype)
-        reports.append(_compile(kernel, config, arch, {**arguments, **fixed, "flags": flags}))
+        nvidia = arch.startswith("sm_")
+        grid, shared = next(calls(config, layout, hidden_size, directions, precision, exchanged, backward, nvidia))
+        binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
-    if which == "forward":
-        given = (state, state)
-        lstm_forward(gates, w_hh, given, layout, config, precision, save, row_lengths, marks, None, launch)
-    else:
-        lstm_backward(
-            sequence,
-            state,
-            state,
-            gates,
-            sequence,
-            w_hh,
-            state,
-            layout,
-            config,
-            precision,
-            row_lengths,
-            marks,
-            None,
-            launch,
-        )
-    return reports[0]
-
-
-def _compile(kernel: Any, config: Config, arch: str, arguments: dict[str, Any]) -> Report:
-    signature: dict[str, str] = {}
-    fixed: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list] = {}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments.get(name)
-        if name in RUNTIME_SIZES:
-            signature[name] = "i32"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = (row_lengths, marks, None, launch)
+    with compiling_for(arch):
+        if which == "forward":
+            lstm_forward(gates, w_hh, (state, state), layout, config, precision, save, *options)
         else:
-            signature[name] = "constexpr"
-            fixed[(index,)] = value
-    options = compile_options(config, nvidia=arch.startswith("sm_"))
-    source = ASTSource(kernel, signature, fixed, attributes)
-    binary = triton.compile(source, target=target_of(arch), options=options)
-    if arch.startswith("sm_"):
-        return _nvidia_report(binary)
-    return _amd_report(binary)
+            given = (sequence, state, state, gates, sequence, w_hh, state)
+            lstm_backward(*given, layout, config, precision, *options)
+    return binaries[0]
 
 
 def _nvidia_report(binary: Any) -> Report:

@@ -69,6 +69,40 @@ def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
     return options
 
 
+def calls(
+    config: Config,
+    layout: Layout,
+    hidden_size: int,
+    directions: int,
+    precision: str,
+    exchanged: torch.Tensor,
+    backward: bool,
+    nvidia: bool,
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+    """(grid, arguments that both recurrences share, with Triton's options) of every launch, in order.
+
+    Resets the exchange: flags are made anew, and mailboxes are filled with EMPTY.
+    """
+    hidden_tiles = triton.cdiv(hidden_size, config.block_h)
+    flags = None
+    if config.protocol == "flags":
+        batch_tiles = triton.cdiv(layout.batch, config.block_b)
+        flags = exchanged.new_zeros((directions, batch_tiles, hidden_tiles), dtype=torch.int32)
+    elif config.protocol == "mailbox":
+        exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
+    shared = constants(config, hidden_size, directions, precision, exchanged.dtype) | compile_options(config, nvidia)
+    shared |= {
+        "flags": flags,
+        "batch": layout.batch,
+        "seq_len": layout.seq_len,
+        "row_stride_t": layout.stride_t,
+        "row_stride_b": layout.stride_b,
+    }
+    for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
+        position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
+        yield (hidden_tiles, tiles, directions), shared | position
+
+
 def run(
     kernel: Any,
     config: Config,
@@ -81,28 +115,8 @@ def run(
     arguments: dict[str, Any],
 ) -> None:
     """Run one pass of the recurrence; `exchanged` is the buffer that programs hand each other."""
-    hidden_tiles = triton.cdiv(hidden_size, config.block_h)
-    flags = None
-    if config.protocol == "flags":
-        batch_tiles = triton.cdiv(layout.batch, config.block_b)
-        flags = exchanged.new_zeros((directions, batch_tiles, hidden_tiles), dtype=torch.int32)
-    elif config.protocol == "mailbox":
-        exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
-    options = compile_options(config, nvidia=torch.version.hip is None)
-    fixed = constants(config, hidden_size, directions, precision, exchanged.dtype)
+    nvidia = torch.version.hip is None
     device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
     with device:
-        for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
-            kernel[(hidden_tiles, tiles, directions)](
-                **arguments,
-                **fixed,
-                **options,
-                flags=flags,
-                batch=layout.batch,
-                seq_len=layout.seq_len,
-                row_stride_t=layout.stride_t,
-                row_stride_b=layout.stride_b,
-                first_tile=first_tile,
-                step_begin=step_begin,
-                step_end=step_end,
-            )
+        for grid, shared in calls(config, layout, hidden_size, directions, precision, exchanged, backward, nvidia):
+            kernel[grid](**arguments, **shared)

@@ -32,6 +32,10 @@ class Device:
         return self.arch.startswith("sm_")
 
     @property
+    def is_amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @property
     def has_wgmma(self) -> bool:
         return self.arch == "sm_90"
 

@@ -7,24 +7,60 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .cost import Work, microseconds_per_step, work_per_step
+from .cudnn import Algorithm, Call, algorithm
+from .device import Device
+from .kernels.config import Config
 from .module import LSTM, LSTMCell
-from .planner import PASSES, NoPlan, Plan, Problem, plan
-from .routing import compute_dtype, kernel_device, resolve_precision
+from .planner import NoPlan
+from .problem import PASSES, Problem
+from .routing import compute_dtype, kernel_device, plan_for, refusal_on, resolve_precision, slower_on
+
+
+@dataclass(frozen=True)
+class PassPath:
+    """One pass of a layer on the Triton path.
+
+    source: where the config came from, "heuristic" or the name of a tuned table.
+    work: of one step. estimate: microseconds of one step, by the planner's coarse sum, not measured.
+    """
+
+    which: str
+    config: Config
+    source: str
+    work: Work
+    estimate: float
+
+    def __str__(self) -> str:
+        config, work = self.config, self.work
+        weights = "resident on chip" if config.resident else "re-read from L2 every step"
+        exchange = "" if config.protocol == "none" else f", exchange by {config.protocol}"
+        return (
+            f"  {self.which}: {config.placement}{exchange}, W_hh {weights}, plan from {self.source}\n"
+            f"    {config.encode()}\n"
+            f"    a step: {_scaled(work.operations, 1000, 'FLOP')}, {_scaled(work.memory_bytes, 1024, 'B')} of memory "
+            f"traffic, {_scaled(work.exchanged_bytes, 1024, 'B')} through L2; estimated {self.estimate:.2f} us"
+        )
 
 
 @dataclass(frozen=True)
 class LayerPath:
-    """path is "triton" or "torch"; plans holds one `Plan` per pass on the Triton path."""
+    """path is "triton" or "torch"; passes: one per pass on the Triton path.
+
+    cudnn: what PyTorch asks cuDNN for when nn.LSTM runs the same call, per pass; empty off NVIDIA.
+    """
 
     layer: int
     path: str
     reason: str
-    plans: tuple[Plan, ...] = ()
+    passes: tuple[PassPath, ...] = ()
+    cudnn: tuple[Algorithm, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"layer {self.layer}: {self.path} ({self.reason})"]
-        for which, chosen in zip(PASSES, self.plans):
-            lines.append(f"  {which}: {chosen.config.encode()} ({chosen.source})")
+        lines = [f"layer {self.layer}: {self.path} ({self.reason})", *map(str, self.passes)]
+        if self.cudnn:
+            asked = ", ".join(f"{which} {one}" for which, one in zip(PASSES, self.cudnn))
+            lines.append(f"  nn.LSTM would ask cuDNN for: {asked}")
         return "\n".join(lines)
 
 
@@ -46,27 +82,47 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
         raise TypeError(f"explains an LSTM or LSTMCell of lstm_triton, got {kind.__name__} of {kind.__module__}")
     packed = isinstance(input, PackedSequence)
     data: Tensor = input.data if packed else input  # type: ignore[assignment]
-    layers = module.num_layers if isinstance(module, LSTM) else 1
     reason = module.refusal(data)
+    if not reason and isinstance(module, LSTM) and not packed:
+        reason = module.slower(data)
+    layers, directions, proj_size = 1, 1, 0
+    if isinstance(module, LSTM):
+        layers, directions, proj_size = module.num_layers, 2 if module.bidirectional else 1, module.proj_size
+    dtype = compute_dtype(data.device.type, next(module.parameters()).dtype)
+    sizes = (module.input_size, module.hidden_size, _batch(module, input), layers, directions)
+    call = Call(*sizes, dtype, proj_size, packed)
+    return _explanation(call, resolve_precision(module.precision or ""), kernel_device(data.device), reason)
+
+
+def explain_call(
+    call: Call, device: Device | NoPlan, backend: str = "auto", precision: str = "tf32", seq_len: int = 100
+) -> Explanation:
+    """The same for sizes and a GPU that need not be here; as a training step."""
+    sizes = (call.hidden_size, call.directions, call.proj_size)
+    reason = refusal_on(backend, device, call.dtype, precision, *sizes)
+    if not reason and backend == "auto" and isinstance(device, Device):
+        reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)
+    return _explanation(call, precision, device, reason)
+
+
+def _explanation(call: Call, precision: str, device: Device | NoPlan, reason: str) -> Explanation:
+    asked: tuple[Algorithm, ...] = ()
+    if isinstance(device, Device) and device.is_nvidia:
+        asked = tuple(algorithm(call, device, which) for which in PASSES)
     if reason:
-        return Explanation(tuple(LayerPath(layer, "torch", reason) for layer in range(layers)))
-    device = kernel_device(data.device)
-    assert not isinstance(device, NoPlan)
-    weight = module.weight_hh_l0 if isinstance(module, LSTM) else module.weight_hh
-    dtype = compute_dtype(data.device.type, weight.dtype)  # type: ignore[arg-type]
-    plans = []
-    for which in PASSES:
-        precision = resolve_precision(module.precision or "")
-        problem = Problem(which, module.hidden_size, _batch(module, input), _directions(module), dtype, precision)
-        chosen = plan(problem, device)
-        assert isinstance(chosen, Plan)
-        plans.append(chosen)
-    why = f"a plan exists for {dtype} on {device.name}"
-    return Explanation(tuple(LayerPath(layer, "triton", why, tuple(plans)) for layer in range(layers)))
+        return Explanation(tuple(LayerPath(n, "torch", reason, (), asked) for n in range(call.num_layers)))
+    assert isinstance(device, Device)
+    passes = tuple(_pass(which, call, precision, device) for which in PASSES)
+    why = f"a plan exists for {call.dtype} on {device.name}"
+    return Explanation(tuple(LayerPath(n, "triton", why, passes, asked) for n in range(call.num_layers)))
 
 
-def _directions(module: LSTM | LSTMCell) -> int:
-    return 2 if isinstance(module, LSTM) and module.bidirectional else 1
+def _pass(which: str, call: Call, precision: str, device: Device) -> PassPath:
+    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision)
+    chosen = plan_for(problem, device)
+    assert not isinstance(chosen, NoPlan)
+    work = work_per_step(chosen.config, problem)
+    return PassPath(which, chosen.config, chosen.source, work, microseconds_per_step(chosen.config, problem, device))
 
 
 def _batch(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> int:
@@ -77,3 +133,13 @@ def _batch(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> int:
     if input.dim() == 2:
         return 1
     return input.shape[0] if module.batch_first else input.shape[1]
+
+
+def _scaled(number: float, base: int, unit: str) -> str:
+    """12_300_000 FLOP -> "12.3 MFLOP"; bytes in KiB, MiB, GiB."""
+    infix = "i" if base == 1024 else ""
+    for prefix in ("", "K", "M", "G", "T"):
+        if number < base or prefix == "T":
+            return f"{number:.3g} {prefix}{infix if prefix else ''}{unit}"
+        number /= base
+    raise AssertionError

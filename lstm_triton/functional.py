@@ -51,7 +51,9 @@ def lstm(
             starts at its true end, and no gradient reaches the padding.
         reset: bool [T, B] (or [B, T]): before step t the state of a marked row becomes zero; with
             two directions the row is cut there into independent sequences.
-        backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run.
+        backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
+            takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
+            for the module only, whose weights can lie as cuDNN wants them.
         precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; "" follows
             `torch.backends.cudnn`, as nn.LSTM does.
         plan: configs to use in place of the planner's; see `ops`.

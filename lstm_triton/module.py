@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
-from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal
+from .cudnn import Call
+from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal, slower_reason
 
 State = tuple[Tensor, Tensor]
 
@@ -35,9 +36,9 @@ class LSTM(nn.RNNBase):
     """A multi-layer LSTM with the constructor, parameters and results of `torch.nn.LSTM`.
 
     On a CUDA device the recurrence runs in one persistent Triton kernel per layer and pass; where
-    the kernels do not apply the call takes PyTorch's own LSTM, for a reason that
-    `lstm_triton.explain(module, input)` prints. State dicts go both ways, and the same seed gives
-    the same initial weights.
+    the kernels do not apply, or nn.LSTM has been measured to be faster, the call takes PyTorch's
+    own LSTM, for a reason that `lstm_triton.explain(module, input)` prints. State dicts go both
+    ways, and the same seed gives the same initial weights.
 
     Args: those of `torch.nn.LSTM`, and keyword-only
         backend: "auto" uses the kernels where they run and PyTorch elsewhere; "triton" raises
@@ -92,6 +93,29 @@ class LSTM(nn.RNNBase):
             self.proj_size,
         )
 
+    def slower(self, input: Tensor, hx: State | None = None) -> str:
+        """Why nn.LSTM is the faster path for a batch that the kernels could run; "" if it is not known to be.
+
+        By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
+        """
+        if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3):
+            return ""
+        sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
+        dtype = compute_dtype("cuda", self.weight_ih_l0.dtype)  # type: ignore[arg-type]
+        directions = 2 if self.bidirectional else 1
+        call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
+        tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return slower_reason(input.device, call, self.precision or "", training, seq_len == 1)
+
+    def _by_cudnn(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
+        """nn.LSTM's own forward, with the weights in the one piece that cuDNN wants."""
+        storages = {weight.untyped_storage().data_ptr() for weight in self._flat_weights}  # type: ignore[union-attr]
+        if len(storages) > 1:
+            super().flatten_parameters()
+        return self._forward_by_torch(input, hx)
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -113,7 +137,8 @@ class LSTM(nn.RNNBase):
             output and (h_n, c_n), shaped as nn.LSTM shapes them.
         """
         packed = isinstance(input, PackedSequence)
-        traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiling = torch.compiler.is_compiling()
+        traced = compiling and not torch.compiler.is_exporting()
         if self.refusal(input.data if packed else input) and lengths is None and reset is None:  # type: ignore[arg-type]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
                 return _untraced(nn.LSTM.forward, self, input, hx)
@@ -124,6 +149,8 @@ class LSTM(nn.RNNBase):
             if traced:
                 return _untraced(LSTM._forward_packed, self, input, hx)
             return self._forward_packed(input, hx)  # type: ignore[arg-type]
+        if lengths is None and reset is None and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
+            return self._by_cudnn(input, hx)  # type: ignore[arg-type]
         return self._forward_padded(input, hx, lengths, reset)  # type: ignore[arg-type]
 
     def _forward_padded(

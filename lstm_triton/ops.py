@@ -28,8 +28,10 @@ from .hoisted import initial_gradient, previous_hidden, reset_gradient
 from .kernels.backward import lstm_backward
 from .kernels.config import Config, Layout
 from .kernels.forward import lstm_forward
-from .planner import PASSES, NoPlan, Problem, plan
-from .routing import kernel_device, resolve_precision
+from .planner import NoPlan
+from .problem import PASSES, Problem
+from .routing import kernel_device, plan_for, resolve_precision
+from .settings import AUTOTUNE
 
 
 def choose_config(which: str, override: str, w_hh: Tensor, batch: int, precision: str) -> Config:
@@ -47,7 +49,12 @@ def choose_config(which: str, override: str, w_hh: Tensor, batch: int, precision
     device = kernel_device(w_hh.device)
     if isinstance(device, NoPlan):
         raise RuntimeError(f"lstm_triton: {device.reason}")
-    chosen = plan(Problem(which, hidden_size, batch, directions, dtype, precision), device)
+    problem = Problem(which, hidden_size, batch, directions, dtype, precision)
+    if w_hh.is_cuda and AUTOTUNE.read() == "on":
+        from .tuning import first_call
+
+        first_call.tune(problem, device, w_hh.device)
+    chosen = plan_for(problem, device)
     if isinstance(chosen, NoPlan):
         raise RuntimeError(f"lstm_triton: {chosen.reason}")
     return chosen.config

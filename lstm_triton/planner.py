@@ -1,8 +1,8 @@
-"""Which config runs a pass: a pure function of the problem and the device.
+"""Which config runs a pass: a pure function of the problem, the device and a tuned table.
 
-`candidates` derives every config that fits the device's shared memory and a register budget;
-`plan` takes the one with the smallest estimated time of a step. The estimate is a coarse sum of
-published latencies and bandwidths: it ranks, it does not predict.
+`candidates` derives every config that fits the device's shared memory and a register budget. `plan`
+takes the table's entry for the problem's bucket, if there is one and it is among what fits, else
+the candidate with the smallest estimated time of a step (`cost.py`).
 
 T is no part of a problem, and B only as the power of two above it: no batch size and no sequence
 length leads to a new plan once its bucket is known, nor to a new binary once its plan is.
@@ -15,46 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from .cost import microseconds_per_step, shared_bytes
 from .device import Device
 from .kernels.config import Config
+from .problem import ELEMENT_SIZE, Problem, bucket_of, bucket_of_batch, ceil_div, power_of_two
+from .tuning.table import NO_TABLE, Table
 
-PASSES = ("forward", "backward")
 LARGEST_HIDDEN_SIZE = 16_384  # offsets inside W_hh [4H, H] are 32-bit
-ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One pass over one layer. batch is only a bucket: see `bucket`."""
-
-    which: str
-    hidden_size: int
-    batch: int
-    directions: int
-    dtype: str
-    precision: str
-
-    @property
-    def element_size(self) -> int:
-        return ELEMENT_SIZE[self.dtype]
-
-    @property
-    def depth(self) -> int:
-        """K of the recurrent product."""
-        return self.hidden_size if self.which == "forward" else 4 * self.hidden_size
-
-    def width(self, block_h: int) -> int:
-        """N of the recurrent product of a program with block_h units."""
-        return 4 * block_h if self.which == "forward" else block_h
-
-    @property
-    def without_tensor_cores(self) -> bool:
-        return self.dtype == "float32" and self.precision == "ieee"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A config and where it came from ("heuristic" or "argument")."""
+    """A config and where it came from: "heuristic", or the table's name."""
 
     config: Config
     source: str
@@ -65,19 +37,6 @@ class NoPlan:
     """Why the kernels do not run a problem on a device."""
 
     reason: str
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def bucket(batch: int) -> int:
-    return min(power_of_two(batch), 4096)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def refusal(device: Device, dtype: str, precision: str) -> NoPlan | None:
@@ -99,55 +58,82 @@ def refusal(device: Device, dtype: str, precision: str) -> NoPlan | None:
     return None
 
 
-def plan(problem: Problem, device: Device) -> Plan | NoPlan:
+def plan(problem: Problem, device: Device, table: Table = NO_TABLE) -> Plan | NoPlan:
     """The config for a problem on a device, or the reason why there is none."""
-    return _plan(replace(problem, batch=bucket(problem.batch)), device)
+    return _plan(replace(problem, batch=bucket_of_batch(problem.batch)), device, table)
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, device: Device) -> Plan | NoPlan:
+def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
     none = refusal(device, problem.dtype, problem.precision)
     if none is not None:
         return none
     if problem.hidden_size > LARGEST_HIDDEN_SIZE:
         return NoPlan(f"hidden_size is at most {LARGEST_HIDDEN_SIZE} in the kernels, got {problem.hidden_size}")
-    found = list(candidates(problem, device))
-    # One launch a step is for what cannot run otherwise: whether it is needed depends on H alone.
-    found = [config for config in found if config.placement != "stepwise"] or found
+    entry = table.entries.get(bucket_of(problem))
+    tuned = None if entry is None else placed(entry.config, problem, device)
+    if tuned is not None and fits(tuned, problem, device):
+        return Plan(tuned, table.name)
+    found = admissible(problem, device)
+    if not found and device.is_amd:
+        return NoPlan(
+            f"on {device.name} the kernels run only where W_hh fits one program: Triton's AMD backend drops the "
+            "exchange's volatile loads, and fails on row pointers that are chosen at run time"
+        )
     if not found:
         return NoPlan(f"no config for {problem} fits the shared memory of {device.name} ({device.shared_memory} bytes)")
     return Plan(min(found, key=lambda config: microseconds_per_step(config, problem, device)), "heuristic")
 
 
+def admissible(problem: Problem, device: Device) -> list[Config]:
+    """What a plan may be: the candidates, those of one launch a step only where there are no others.
+
+    Whether one launch a step is needed depends on H alone, never on the batch: routing relies on it.
+    """
+    found = list(candidates(problem, device))
+    return [config for config in found if config.placement != "stepwise"] or found
+
+
+def placed(config: Config, problem: Problem, device: Device) -> Config | None:
+    """The config with as many batch tiles a launch as can wait for each other; None if not even one can."""
+    if config.placement == "local":
+        return config if config.block_h >= problem.hidden_size else None
+    if config.placement == "stepwise":
+        return config
+    # One program per multiprocessor is always resident, whatever registers it takes.
+    tiles = device.multiprocessors // (ceil_div(problem.hidden_size, config.block_h) * problem.directions)
+    return replace(config, max_batch_tiles=tiles) if device.cooperative and tiles else None
+
+
 def candidates(problem: Problem, device: Device) -> Iterator[Config]:
-    """Every config that fits the device, in no order of merit."""
+    """Every config that fits the device, in no order of merit; on AMD those without an exchange."""
     yield from _local(problem, device)
-    for config in _tiles(problem, 8 if device.is_nvidia else 4):
-        programs = ceil_div(problem.hidden_size, config.block_h) * problem.directions
-        # One program per multiprocessor is always resident, whatever registers it takes.
-        tiles = device.multiprocessors // programs
-        variants = [config]
-        if device.cooperative and tiles > 0:
-            for protocol in ("mailbox", "flags"):
-                variants.append(replace(config, placement="grid", protocol=protocol, max_batch_tiles=tiles))
-        yield from (variant for variant in variants if fits(variant, problem, device))
+    if device.is_amd:
+        return
+    for config in _tiles(problem, (4, 8) if device.is_nvidia else (4,)):
+        if not fits(config, problem, device):
+            continue  # then neither does it when it waits
+        yield config
+        for protocol in ("mailbox", "flags"):
+            whole = placed(replace(config, placement="grid", protocol=protocol), problem, device)
+            if whole is not None and fits(whole, problem, device):
+                yield whole
 
 
 def _local(problem: Problem, device: Device) -> Iterator[Config]:
     block = max(16, power_of_two(problem.hidden_size))
     if problem.without_tensor_cores and device.arch != "interpreter":
         return  # without tensor cores a resident W_hh would have to sit in registers, and does not fit
-    for block_b in (16, 32, 64):
-        warps = 8 if block > 32 and device.is_nvidia else 4
+    for block_b, warps in itertools.product((16, 32, 64), (4, 8) if block > 32 and device.is_nvidia else (4,)):
         config = Config("local", "none", True, device.has_wgmma, 1, block_b, block, block, warps)
         if fits(config, problem, device):
             yield config
 
 
-def _tiles(problem: Problem, num_warps: int) -> Iterator[Config]:
+def _tiles(problem: Problem, warps: tuple[int, ...]) -> Iterator[Config]:
     """Every config in which a program owns a slice of the units, as `stepwise`."""
-    blocks = itertools.product((16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256, 512, 1024))
-    for block_b, block_h, block_k in blocks:
+    blocks = itertools.product((16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256, 512, 1024), warps)
+    for block_b, block_h, block_k, num_warps in blocks:
         if block_h > max(16, power_of_two(problem.hidden_size)) or block_k > max(128, power_of_two(problem.depth)):
             continue
         for units_first, split_k in ((True, 1), (False, 1), (False, num_warps)):
@@ -181,8 +167,7 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     product = config.block_b * width * config.split_k / threads
     flags = config.protocol == "flags"
     budget, most_state, most_row = 32.0, 4.0, 32.0 if forward and flags else 64.0
-    aligned = problem.hidden_size * problem.element_size % 16 == 0
-    if not aligned:
+    if not problem.aligned:
         # No wide load can start on such rows: more loads, more addresses.
         budget, most_state, most_row = 8.0, 2.0, 16.0
     if problem.without_tensor_cores:
@@ -201,46 +186,3 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     if config.resident and row_block > most_row and (forward or flags):
         return False
     return tile <= budget and weights <= budget and product <= 32 and state <= most_state
-
-
-def shared_bytes(config: Config, problem: Problem) -> int:
-    """Estimate, from above, of a program's shared memory."""
-    size, width = problem.element_size, problem.width(config.block_h)
-    copies = 2 if problem.dtype == "float32" and problem.precision == "tf32x3" else 1  # high and low parts
-    if config.placement == "local":
-        return copies * 4 * config.block_h * config.block_h * size + (4 * size + 8) * config.block_b * config.block_h
-    chunks = ceil_div(problem.depth, config.block_k) if config.resident else 1
-    weights = chunks * config.block_k * width * size * config.num_stages
-    tile = config.block_b * config.block_k * size * config.num_stages
-    sums = 4 * config.split_k * config.block_b * width
-    return copies * weights + max(copies * tile, sums) + 6144
-
-
-def microseconds_per_step(config: Config, problem: Problem, device: Device) -> float:
-    """Coarse time of one step of the whole batch; see the module's docstring.
-
-    Sources: a hop between SMs 0.65 us by flags, L2 about 5.5 TB/s and 64 B/clock per SM, shared
-    memory 128 B/clock (H100; clock 1.7 GHz); a launch from Python about 20 us.
-    """
-    clock, l2, size = 1.7e3, 5.5e6, problem.element_size
-    depth, width = ceil_div(problem.depth, config.block_k) * config.block_k, problem.width(config.block_h)
-    hidden_tiles = ceil_div(problem.hidden_size, config.block_h) if config.placement != "local" else 1
-    batch_tiles = ceil_div(problem.batch, config.block_b)
-    programs = hidden_tiles * batch_tiles * problem.directions
-    waves = ceil_div(programs, device.multiprocessors)
-    if config.max_batch_tiles:
-        waves = max(waves, ceil_div(batch_tiles, config.max_batch_tiles))
-    weights, tile = depth * width * size, config.block_b * depth * size
-    macs = config.block_b * depth * width
-    if config.placement == "local":
-        weights, tile, macs = 4 * config.block_h**2 * size, 0, 4 * config.block_b * config.block_h**2
-    rate = 64 if problem.without_tensor_cores else 1024 if size == 2 else 512
-    wide = config.units_first and device.has_wgmma and width >= 64
-    # The matrix unit reads the weights from where they are while it multiplies.
-    time = max(macs / (rate * (2 if wide else 1)), weights / (128 if config.resident else 64)) / clock
-    time += tile / 64 / clock + (0 if config.resident else weights) * min(programs, device.multiprocessors) / l2
-    chunks = depth // config.block_k if config.placement != "local" else 1
-    time += {"none": 0.02, "flags": 0.02, "mailbox": 0.06}[config.protocol] * chunks
-    time += {"local": 0.2, "grid": 0.9 if config.protocol == "flags" else 0.8, "stepwise": 20.0}[config.placement]
-    time += 0.01 * config.block_b * config.block_h / (32 * config.num_warps)
-    return time * waves

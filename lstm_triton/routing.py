@@ -1,7 +1,9 @@
 """Which path a call takes, the Triton kernels or PyTorch's own LSTM, and the reason in words.
 
-The decision depends on the device, the type and the module's constructor arguments, never on a
-batch size or a sequence length, so that it is a constant of a compiled or exported model.
+Whether the kernels can run (`kernel_refusal`) depends on the device, the type and the module's
+constructor arguments, never on a batch size or a sequence length, so that it is a constant of a
+compiled or exported model. Whether nn.LSTM has been measured to be faster (`slower_reason`) depends
+on the batch too, and is asked in eager mode only: inside a compiled graph nn.LSTM is a break.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from functools import cache, lru_cache
 import torch
 from torch.autograd import forward_ad
 
+from .cudnn import Call, algorithm
 from .device import INTERPRETER, Device, device_of
 from .kernels.config import PRECISIONS as PRECISIONS
 from .kernels.forward import lstm_forward_kernel
 from .kernels.launch import is_interpreted
-from .planner import PASSES, NoPlan, Problem, plan, refusal
+from .planner import NoPlan, Plan, plan, refusal
+from .problem import PASSES, Problem, bucket_of
+from .settings import strict
+from .tuning.store import active_table
+from .tuning.table import Bout, Table
 
 BACKENDS = ("auto", "triton", "torch")
 logger = logging.getLogger("lstm_triton")
@@ -31,6 +38,11 @@ def kernel_device(device: torch.device) -> Device | NoPlan:
     if device.type != "cuda":
         return NoPlan(f"the tensors are on {device.type}: the kernels run on CUDA and ROCm devices")
     return device_of(device)
+
+
+def plan_for(problem: Problem, device: Device) -> Plan | NoPlan:
+    """The plan for a problem, from the tuned table that is active on the device or the heuristic."""
+    return plan(problem, device, active_table(device))
 
 
 def resolve_precision(precision: str) -> str:
@@ -67,6 +79,8 @@ def kernel_refusal(
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    if backend == "auto" and device_type == "cuda" and strict():
+        backend = "triton"
     reason = _refusal(backend, device, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
     reason = reason or _transform()
     if reason and backend == "triton":
@@ -94,19 +108,32 @@ def _transform() -> str:
 def _refusal(
     backend: str, device: torch.device, dtype: str, precision: str, hidden_size: int, directions: int, proj_size: int
 ) -> str:
+    if backend == "auto" and proj_size == 0 and device.type == "cpu":
+        return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
+    target = kernel_device(device)
+    return refusal_on(backend, target, dtype, precision, hidden_size, directions, proj_size)
+
+
+def refusal_on(
+    backend: str,
+    target: Device | NoPlan,
+    dtype: str,
+    precision: str,
+    hidden_size: int,
+    directions: int,
+    proj_size: int,
+) -> str:
+    """`kernel_refusal` for a GPU that need not be here."""
     if backend == "torch":
         return 'backend="torch" asks for it'
     if proj_size > 0:
         return "projections (proj_size) are not in the kernels: h_t would cross between programs twice a step"
-    if backend == "auto" and device.type == "cpu":
-        return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
-    target = kernel_device(device)
     none = target if isinstance(target, NoPlan) else refusal(target, dtype, precision)
     if none is not None:
         return none.reason
     assert isinstance(target, Device)
     for which in PASSES:
-        chosen = plan(Problem(which, hidden_size, 16, directions, dtype, precision), target)
+        chosen = plan_for(Problem(which, hidden_size, 16, directions, dtype, precision), target)
         if isinstance(chosen, NoPlan):
             return chosen.reason
         if backend == "auto" and chosen.config.placement == "stepwise":
@@ -114,6 +141,54 @@ def _refusal(
                 f"the {which} pass would need one launch a step on {target.name}, which PyTorch's own LSTM does better"
             )
     return ""
+
+
+def slower_reason(device: torch.device, call: Call, precision: str, training: bool, single_step: bool) -> str:
+    """Why nn.LSTM is the faster path of a call that the kernels could run; "" if it is not known to be."""
+    target = kernel_device(device)
+    if isinstance(target, NoPlan) or strict():
+        return ""
+    return slower_on(target, call, resolve_precision(precision), training, single_step)
+
+
+def slower_on(target: Device, call: Call, precision: str, training: bool, single_step: bool) -> str:
+    """`slower_reason` for a GPU that need not be here."""
+    table = active_table(target)
+    return _slower(call, precision, training, single_step, target, table) if table.contests else ""
+
+
+@lru_cache(maxsize=4096)
+def _slower(call: Call, precision: str, training: bool, single_step: bool, device: Device, table: Table) -> str:
+    contest = table.contests.get(bout_of(call, precision, training, single_step, device))
+    if contest is None or contest.speedup >= 1:
+        return ""
+    _, which = mode_of(training)
+    return (
+        f"nn.LSTM measured {1 / contest.speedup:.2f} times faster here (table {table.name}): "
+        f"cuDNN's algorithm is {algorithm(call, device, which)}"
+    )
+
+
+def mode_of(training: bool) -> tuple[str, str]:
+    """The mode of a bout, and the pass whose cuDNN algorithm stands for it."""
+    return ("training", "backward") if training else ("inference", "forward")
+
+
+def bout_of(call: Call, precision: str, training: bool, single_step: bool, device: Device) -> Bout:
+    """The table's key of a call."""
+    mode, which = mode_of(training)
+    bucket = bucket_of(Problem("forward", call.hidden_size, call.batch, call.directions, call.dtype, precision))
+    return Bout(
+        bucket.hidden_size,
+        bucket.aligned,
+        bucket.batch,
+        bucket.directions,
+        bucket.dtype,
+        bucket.precision,
+        algorithm(call, device, which).name,
+        mode,
+        single_step,
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -23,7 +23,8 @@ from lstm_triton.kernels.config import Config
 from tqdm import tqdm
 
 from lstm_triton.device import KNOWN, Device
-from lstm_triton.planner import PASSES, NoPlan, Plan, Problem, bucket, candidates, plan, refusal
+from lstm_triton.planner import NoPlan, candidates, plan, refusal
+from lstm_triton.problem import PASSES, Problem, bucket_of_batch
 
 HIDDEN_SIZES = (20, 64, 128, 256, 512, 650, 1024, 2048)
 BATCHES = (16, 128)
@@ -82,8 +83,8 @@ def jobs(archs, hidden_sizes, batches, types, every: bool) -> Iterator[Job]:
             for hidden_size in hidden_sizes:
                 for batch in batches:
                     for which in PASSES:
-                        problem = Problem(which, hidden_size, bucket(batch), 1, dtype, precision)
-                        for config in candidates(problem, device) if every else [default_config(problem, device)]:
+                        problem = Problem(which, hidden_size, bucket_of_batch(batch), 1, dtype, precision)
+                        for config in candidates(problem, device) if every else default_configs(problem, device):
                             # How many batch tiles share a launch is no part of the binary.
                             key = (arch, which, dtype, precision, hidden_size, config.encode().rpartition(" ")[0])
                             if key not in seen:
@@ -91,12 +92,10 @@ def jobs(archs, hidden_sizes, batches, types, every: bool) -> Iterator[Job]:
                                 yield Job(problem, device, config)
 
 
-def default_config(problem: Problem, device: Device) -> Config:
+def default_configs(problem: Problem, device: Device) -> list[Config]:
+    """The plan's config, if there is one."""
     chosen = plan(problem, device)
-    if isinstance(chosen, NoPlan):
-        raise RuntimeError(f"{device.arch}: {chosen.reason}")
-    assert isinstance(chosen, Plan)
-    return chosen.config
+    return [] if isinstance(chosen, NoPlan) else [chosen.config]
 
 
 def compile_job(job: Job) -> Row:

@@ -10,7 +10,8 @@ from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain
 from lstm_triton.device import device_of
-from lstm_triton.planner import PASSES, Problem, candidates, plan
+from lstm_triton.planner import candidates, plan
+from lstm_triton.problem import PASSES, Problem
 
 pytestmark = pytest.mark.gpu
 

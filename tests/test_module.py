@@ -285,7 +285,7 @@ def test_explain() -> None:
     text = str(lstm_triton.explain(LSTM(5, 6, 2), x))
     assert text.count("torch (the tensors are on cpu") == 2
     text = str(lstm_triton.explain(LSTM(5, 6, 2, backend="triton"), x))
-    assert text.count("forward: placement=local") == 2
+    assert text.count("forward: local, W_hh resident on chip, plan from heuristic") == 2
     packed = pack_padded_sequence(x, torch.tensor([4, 2, 1]))
     assert "triton" in str(lstm_triton.explain(LSTM(5, 6, backend="triton"), packed))
     assert "triton" in str(lstm_triton.explain(LSTMCell(5, 6, backend="triton"), x[0]))

@@ -1,0 +1,64 @@
+"""The environment variables of the library: read when they are needed, never at import.
+
+An argument of a call goes before a variable, a variable before the default. The README's section
+"Environment variables" lists them; `python -m lstm_triton doctor` prints their values.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable. choices: the values it may have; empty for any text."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    meaning: str
+
+    def read(self) -> str:
+        """The value; ValueError names the choices if it is none of them."""
+        value = os.environ.get(self.name) or self.default
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name} should be one of {', '.join(self.choices)}, got: {value!r}")
+        return value
+
+
+AUTOTUNE = Variable(
+    "LSTM_TRITON_AUTOTUNE",
+    "cached",
+    ("off", "cached", "on"),
+    "off: plans come from the heuristic alone; cached: from a tuned table where it has an entry; "
+    "on: as cached, and a problem without an entry is tuned at its first call",
+)
+CACHE_DIR = Variable(
+    "LSTM_TRITON_CACHE_DIR",
+    "",
+    (),
+    "folder of the tables that `tune` writes; default: the platform's cache folder",
+)
+STRICT = Variable(
+    "LSTM_TRITON_STRICT",
+    "0",
+    ("0", "1"),
+    '1: on a GPU backend="auto" means "triton": a call that the kernels cannot run raises, with the reason',
+)
+VARIABLES = (AUTOTUNE, CACHE_DIR, STRICT)
+
+
+def cache_dir() -> Path:
+    """Where this user's tuned tables are; it need not exist."""
+    folder = CACHE_DIR.read()
+    if folder:
+        return Path(folder)
+    import platformdirs
+
+    return platformdirs.user_cache_path("lstm_triton", appauthor=False)
+
+
+def strict() -> bool:
+    return STRICT.read() == "1"

@@ -1,0 +1,60 @@
+"""Our layers against nn.LSTM on this GPU: where it is the faster one, `backend="auto"` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..cudnn import Call, algorithm
+from ..device import Device
+from ..module import LSTM
+from ..routing import bout_of
+from .clock import times_of
+from .table import Bout, Contest
+
+STEPS = 128
+REPEAT = 15
+
+
+def calls_of(hidden_size: int, batch: int, directions: int, dtype: str, device: Device) -> list[Call]:
+    """A layer of this size; and two, where one alone gets an algorithm of cuDNN that a stack does not."""
+    calls = [Call(hidden_size, hidden_size, batch, layers, directions, dtype) for layers in (1, 2)]
+    algorithms = [[algorithm(call, device, which).name for which in ("forward", "backward")] for call in calls]
+    return calls[:1] if algorithms[0] == algorithms[1] else calls
+
+
+def hold(call: Call, precision: str, device: Device, where: torch.device) -> Iterator[tuple[Bout, Contest]]:
+    """Time the same call on both, for both modes, over one step and over a long sequence."""
+    dtype = getattr(torch, call.dtype)
+    arguments = (call.input_size, call.hidden_size, call.num_layers)
+    options = {"bidirectional": call.directions == 2, "device": where, "dtype": dtype}
+    theirs = nn.LSTM(*arguments, **options)
+    ours = LSTM(*arguments, backend="triton", precision=precision, **options)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
+        for seq_len in (1, STEPS):
+            x = torch.randn(seq_len, call.batch, call.input_size, device=where, dtype=dtype)
+            for training in (False, True):
+                times = [_milliseconds(module, x, training) for module in (ours, theirs)]
+                yield bout_of(call, precision, training, seq_len == 1, device), Contest(*times)
+
+
+def _milliseconds(module: nn.Module, x: torch.Tensor, training: bool) -> float:
+    x = x.clone().requires_grad_(training)
+    cotangent = torch.ones((), device=x.device, dtype=x.dtype)
+
+    def clear() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    def infer() -> None:
+        with torch.no_grad():
+            module(x)
+
+    def train() -> None:
+        output, _ = module(x)
+        output.backward(cotangent.expand_as(output))
+
+    return times_of(train if training else infer, x.device, REPEAT, clear).median

@@ -1,0 +1,241 @@
+"""Finding the fastest config of a problem by running every admissible one on the device.
+
+Each config is compiled first, in parallel, and left out if it spills; then checked against fp64;
+then timed on scratch tensors. Flags and mailboxes are reset inside every timed launch, as in use.
+A config that fails is recorded with its error, warned about once, and skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..cost import microseconds_per_step
+from ..device import Device
+from ..kernels.backward import lstm_backward
+from ..kernels.compile import compile_pass
+from ..kernels.config import Config, Layout
+from ..kernels.forward import lstm_forward
+from ..planner import NoPlan, admissible, plan
+from ..problem import PASSES, Bucket, Problem, bucket_of
+from .clock import times_of
+from .table import Entry
+
+SCRATCH_BYTES = 1 << 28  # of the gates: bounds the steps of a timed launch
+FEWEST_STEPS, MOST_STEPS = 32, 512
+CHECKED_STEPS = 4
+REPEAT = 10
+logger = logging.getLogger("lstm_triton")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What happened to one config: microseconds a step, or why it was left out."""
+
+    problem: Problem
+    config: Config
+    result: float | str
+
+
+def search(
+    problem: Problem,
+    device: Device,
+    where: torch.device,
+    deadline: float,
+    known: Entry | None = None,
+    pool: Executor | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Entry | None:
+    """Measure a problem's configs, best estimate first, until done or `time.monotonic()` is past the deadline.
+
+    known: an earlier, incomplete entry whose measurements are kept. pool: where configs are compiled
+    ahead; without one they compile as they are timed. None if nothing could be measured.
+    """
+    configs = sorted(admissible(problem, device), key=lambda config: microseconds_per_step(config, problem, device))
+    measured: dict[str, float | str] = dict(known.measured) if known is not None else {}
+    configs = [config for config in configs if _key(config) not in measured]
+    scratch, complete = Scratch(problem, device, where), True
+    for config, complaint in _compiled(configs, problem, device, pool):
+        if time.monotonic() > deadline and _best(measured) is not None:
+            complete = False
+            break
+        result = complaint or _measure(scratch, config)
+        if isinstance(result, str):
+            logger.warning("left out: %s for %s: %s", _key(config), problem, result)
+        measured[_key(config)] = result
+        tell(Progress(problem, config, result))
+    best = _best(measured)
+    return None if best is None else Entry(Config.decode(best), measured, complete)
+
+
+def _best(measured: dict[str, float | str]) -> str | None:
+    times = {key: value for key, value in measured.items() if not isinstance(value, str)}
+    return min(times, key=times.__getitem__, default=None)
+
+
+def _key(config: Config) -> str:
+    return replace(config, max_batch_tiles=0).encode()
+
+
+def _compiled(
+    configs: list[Config], problem: Problem, device: Device, pool: Executor | None
+) -> Iterator[tuple[Config, str]]:
+    """Each config with "" or the reason to leave it out: what the compiler made of it."""
+    if pool is None:
+        yield from ((config, "") for config in configs)
+        return
+    futures = [pool.submit(_complaint, config, problem, device) for config in configs]
+    try:
+        for config, future in zip(configs, futures):
+            yield config, future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _complaint(config: Config, problem: Problem, device: Device) -> str:
+    """Compile a config as it will be launched, which also fills Triton's cache on disk."""
+    try:
+        report = compile_pass(
+            problem.which,
+            config,
+            device.arch,
+            problem.hidden_size,
+            getattr(torch, problem.dtype),
+            problem.precision,
+            problem.directions,
+        )
+    except Exception as error:  # whatever the compiler raises is the finding
+        return _first_line(error)
+    if report.spills:
+        return f"spills {report.spills} bytes"
+    if report.shared > device.shared_memory:
+        return f"needs {report.shared} bytes of shared memory, there are {device.shared_memory}"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _measure(scratch: Scratch, config: Config) -> float | str:
+    try:
+        return scratch.complaint(config) or scratch.microseconds_per_step(config)
+    except Exception as error:  # a config that cannot run must not end the search
+        return _first_line(error)
+
+
+class Scratch:
+    """Random tensors of a problem, on which its configs are checked and timed; no user's tensor is touched."""
+
+    def __init__(self, problem: Problem, device: Device, where: torch.device) -> None:
+        self.problem, self.where, self.dtype = problem, where, getattr(torch, problem.dtype)
+        self.helper = _helper(problem, device)
+        row_bytes = problem.batch * problem.directions * 4 * problem.hidden_size * problem.element_size
+        steps = min(max(SCRATCH_BYTES // row_bytes, FEWEST_STEPS), MOST_STEPS)
+        if device.arch == "interpreter":
+            steps = CHECKED_STEPS  # a time says nothing there
+        self.layout = Layout(problem.batch, steps, False)
+        generator = torch.Generator(where).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=where)
+
+        hidden, directions = problem.hidden_size, problem.directions
+        self.w_hh = (draw(directions, 4 * hidden, hidden) * hidden**-0.5).to(self.dtype)
+        self.w_ih = (draw(directions, 4 * hidden, 16) * 0.25).to(self.dtype)
+        self.x = draw(CHECKED_STEPS, problem.batch, 16).to(self.dtype)
+        self.projected = draw(self.layout.rows, directions, 4 * hidden).to(self.dtype)
+        self.gates = torch.empty_like(self.projected)
+        self.cells, self.dout = (draw(self.layout.rows, directions, hidden).to(self.dtype) for _ in range(2))
+        truth, own = self._by_reference(torch.float64), self._by_reference(self.dtype)
+        self.truth = truth
+        self.own_error = [_rms(a.double() - b) for a, b in zip(own, truth)]
+
+    def complaint(self, config: Config) -> str:
+        """How a config's results are further from fp64 than twice PyTorch's own, by the rms; "" if they are not."""
+        for index, (result, want, own) in enumerate(zip(self._by_kernels(config), self.truth, self.own_error)):
+            error = _rms(result.double() - want)
+            if not error <= 2 * own:
+                return f"wrong: result {index} has an rms error of {error:.2e}, PyTorch's own is {own:.2e}"
+        return ""
+
+    def microseconds_per_step(self, config: Config) -> float:
+        problem, layout = self.problem, self.layout
+        if problem.which == "forward":
+
+            def call() -> None:
+                lstm_forward(self.gates, self.w_hh, None, layout, config, problem.precision, True)
+
+            times = times_of(call, self.where, REPEAT, lambda: self.gates.copy_(self.projected), ahead=True)
+        else:
+            self.gates.copy_(self.projected.sigmoid())
+
+            def call() -> None:
+                given = (self.dout, None, None, self.gates, self.cells, self.w_hh, None)
+                lstm_backward(*given, layout, config, problem.precision)
+
+            times = times_of(call, self.where, REPEAT, ahead=True)
+        return times.median * 1e3 / layout.seq_len
+
+    def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
+        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
+            return reference.layer_forward(x, w_ih, w_hh)[0]
+
+        with ops.matmul_precision(self.x.to(dtype), self.problem.precision):
+            return self._results(run, dtype)
+
+    def _by_kernels(self, config: Config) -> list[Tensor]:
+        pair = (config, self.helper) if self.problem.which == "forward" else (self.helper, config)
+        text = "|".join(one.encode() for one in pair)
+
+        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
+            state = (None,) * 7
+            return torch.ops.lstm_triton.layer(
+                x, w_ih, w_hh, *state, False, self.problem.precision, torch.is_grad_enabled(), text
+            )[0]
+
+        return self._results(run, self.dtype)
+
+    def _results(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The output, and for a backward pass the gradients of x and W_hh."""
+        leaves = [tensor.to(dtype, copy=True) for tensor in (self.x, self.w_ih, self.w_hh)]
+        if self.problem.which == "forward":
+            with torch.no_grad():
+                return [run(*leaves)]
+        with torch.enable_grad():
+            x, _, w_hh = (leaf.requires_grad_() for leaf in leaves)
+            out = run(*leaves)
+            grads = torch.autograd.grad(out, (x, w_hh), self.dout[: out[..., 0].numel()].view_as(out).to(dtype))
+        return [out.detach(), *grads]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
+
+
+def _helper(problem: Problem, device: Device) -> Config:
+    """The heuristic's config of the other pass, which a check runs too."""
+    other = PASSES[1 - PASSES.index(problem.which)]
+    chosen = plan(replace(problem, which=other), device)
+    if isinstance(chosen, NoPlan):
+        raise RuntimeError(chosen.reason)
+    return chosen.config
+
+
+def problems_of(shapes: Iterable[tuple[int, int, int, str, str]]) -> list[Problem]:
+    """The passes of (hidden_size, batch, directions, dtype, precision) shapes, without repeated buckets."""
+    found: dict[Bucket, Problem] = {}
+    for hidden_size, batch, directions, dtype, precision in shapes:
+        for which in PASSES:
+            problem = Problem(which, hidden_size, batch, directions, dtype, precision)
+            found.setdefault(bucket_of(problem), problem)
+    return list(found.values())

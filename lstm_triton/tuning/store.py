@@ -1,0 +1,114 @@
+"""Where tables come from: tuned by the user, in the cache folder, and shipped inside the package.
+
+One file per GPU model; the user's entries go before the shipped ones. A file that is corrupt, of
+another format or for other kernels is left alone and warned about once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..device import Device
+from ..settings import AUTOTUNE, cache_dir
+from .table import NO_TABLE, Table, TableError, kernels_hash, load, parse
+
+SHIPPED = Path(__file__).parent / "shipped"
+_IN_USE: dict[Device, Table] = {}  # goes before the files: `using`, and a table that could not be written
+logger = logging.getLogger("lstm_triton")
+
+
+def file_name(device: Device) -> str:
+    """ "NVIDIA H200", 132 multiprocessors -> "nvidia-h200-132.json": a part of a GPU is another device."""
+    return f"{re.sub('[^a-z0-9]+', '-', device.name.lower()).strip('-')}-{device.multiprocessors}.json"
+
+
+def user_path(device: Device) -> Path:
+    return cache_dir() / "tables" / file_name(device)
+
+
+def active_table(device: Device) -> Table:
+    """The table that plans for this device come from, by LSTM_TRITON_AUTOTUNE and what there is."""
+    if device in _IN_USE:
+        return _IN_USE[device]
+    if AUTOTUNE.read() == "off" or device.arch == "interpreter":
+        return NO_TABLE
+    return _found(device, user_path(device), is_shared())
+
+
+@contextlib.contextmanager
+def using(table: Table, device: Device) -> Iterator[None]:
+    """Within the block, plans for the device come from this table."""
+    before = _IN_USE.get(device)
+    _IN_USE[device] = table
+    try:
+        yield
+    finally:
+        del _IN_USE[device]
+        if before is not None:
+            _IN_USE[device] = before
+
+
+@lru_cache(maxsize=64)
+def _found(device: Device, user: Path, shared: bool) -> Table:
+    tables = [table for path in (user, SHIPPED / file_name(device)) if (table := read(path, device)) is not NO_TABLE]
+    found = tables[0].over(tables[1]) if len(tables) == 2 else tables[0] if tables else NO_TABLE
+    return agreed(found, device) if shared else found
+
+
+def read(path: Path, device: Device) -> Table:
+    """The table of a file if it speaks for the device; otherwise none, and a warning."""
+    if not path.exists():
+        return NO_TABLE
+    try:
+        table = load(path)
+        problem = table.mismatch(device)
+    except (OSError, TableError) as error:
+        problem = str(error)
+    if problem:
+        logger.warning("the tuned table %s is ignored: %s", path, problem)
+        return NO_TABLE
+    return table
+
+
+def new_table(device: Device, made: dict[str, str]) -> Table:
+    return Table(Path(file_name(device)).stem, kernels_hash(), device.name, device.arch, device.multiprocessors, made)
+
+
+def user_table(device: Device) -> Table:
+    """The user's table, or an empty one."""
+    table = read(user_path(device), device)
+    return new_table(device, {}) if table is NO_TABLE else table
+
+
+def keep(table: Table, device: Device) -> None:
+    """Write the user's table and use it from now on; without a place to write it, for this process only."""
+    try:
+        table.save(user_path(device))
+    except OSError as error:
+        logger.warning("the tuned table could not be written, it is kept for this process only: %s", error)
+        _IN_USE[device] = table
+    _found.cache_clear()
+
+
+def is_shared() -> bool:
+    """Whether several ranks run this program."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def agreed(table: Table, device: Device) -> Table:
+    """One table for all ranks with this GPU: that of the first one to ask, whatever the others' files say.
+
+    Through the process group's store and not by a collective: a rank that runs no LSTM must not be
+    waited for.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"lstm_triton/table/{file_name(device)}/{kernels_hash()}"
+    return parse(store.compare_set(key, "", table.dump()).decode(), f"{table.name}, as on every rank")

@@ -1,0 +1,199 @@
+"""python -m lstm_triton tune: measure every admissible config of a list of shapes, and nn.LSTM, on this GPU.
+
+A shape is HxB or HxBxD: hidden size, batch and directions. The table is written after every
+problem, so nothing measured is lost by an interruption, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+
+from ..device import Device
+from ..planner import NoPlan, refusal
+from ..problem import PASSES, Bucket, Problem, bucket_of
+from ..routing import bout_of, kernel_device
+from . import contest, store
+from .search import Progress, search
+from .table import Table, TableError, load
+
+# Sizes that users run, one of every bucket that a placement or cuDNN's choice turns on.
+DEFAULT_SHAPES = "64x32 128x64 128x256 256x32 256x256 512x16 512x64 512x256 640x32 768x16 1024x16 1024x64 1024x128"
+TYPES = {
+    "float16": ("float16", "tf32"),
+    "bfloat16": ("bfloat16", "tf32"),
+    "float32-tf32": ("float32", "tf32"),
+    "float32-tf32x3": ("float32", "tf32x3"),
+    "float32-ieee": ("float32", "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden_size: int
+    batch: int
+    directions: int
+    dtype: str
+    precision: str
+
+    def problems(self) -> list[Problem]:
+        return [Problem(which, *vars(self).values()) for which in PASSES]
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.description = __doc__
+    command.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES.split(), metavar="SHAPE",
+                         help="shapes HxB or HxBxD, or files with such words (default: %(default)s)")  # fmt: skip
+    command.add_argument("--dtype", nargs="+", choices=TYPES, default=["bfloat16", "float16", "float32-tf32"])
+    command.add_argument("--budget", type=float, metavar="SECONDS", help="stop after this long (default: when done)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the table (default: the user's cache folder)")
+    command.add_argument("--again", action="store_true", help="measure what the table has, too")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile ahead")
+
+
+def parse_shapes(words: list[str], types: list[str]) -> list[Shape]:
+    """ValueError says which word is neither a shape nor a file of shapes."""
+    sizes = []
+    for word in words:
+        if Path(word).is_file():
+            lines = (line.partition("#")[0] for line in Path(word).read_text().splitlines())
+            sizes += [_sizes(part, f" in {word}") for line in lines for part in line.split()]
+        else:
+            sizes.append(_sizes(word, ", and no such file"))
+    if not sizes:
+        raise ValueError("no shapes to tune")
+    return [Shape(*one, *TYPES[name]) for one in dict.fromkeys(sizes) for name in dict.fromkeys(types)]
+
+
+def _sizes(word: str, where: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x([12]))?", word)
+    if match is None or min(int(match[1]), int(match[2])) < 1:
+        raise ValueError(f"{word!r} is no shape HxB or HxBxD (D is 1 or 2){where}")
+    return int(match[1]), int(match[2]), int(match[3] or 1)
+
+
+def run(options: argparse.Namespace) -> int:
+    """ValueError, RuntimeError and OSError are the user's to read; nothing is written then."""
+    from tqdm import tqdm
+
+    shapes = parse_shapes(options.shapes, options.dtype)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = kernel_device(where)
+    if isinstance(device, NoPlan):
+        here = "there is none here" if where.type == "cpu" else device.reason
+        raise RuntimeError(f"tuning measures on a GPU: {here}")
+    path = options.out or store.user_path(device)
+    table = _start(path, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + (options.budget if options.budget is not None else float("inf"))
+    logging.getLogger("lstm_triton").addHandler(logging.StreamHandler())
+    problems = _distinct(shapes, device)
+    bar = tqdm(total=len(problems), unit="problem", disable=None)
+    with bar, _pool(options.workers, device) as pool:
+        for index, problem in enumerate(problems):
+            known = None if options.again else table.entries.get(bucket_of(problem))
+            left = deadline - time.monotonic()
+            if left > 0 and not (known and known.complete):
+                bar.set_postfix_str(f"{problem.which} H={problem.hidden_size} B={problem.batch} {problem.dtype}")
+                share = time.monotonic() + left / (len(problems) - index)
+                entry = search(problem, device, where, share, known, pool, lambda p: bar.set_description(_said(p)))
+                if entry is not None:
+                    table = replace(table, entries={**table.entries, bucket_of(problem): entry})
+                    table.save(path)
+            bar.update()
+    if where.type == "cuda":
+        for shape in tqdm(shapes, unit="contest", disable=None):
+            if time.monotonic() > deadline:
+                break
+            table = _contests(shape, table, device, where, options.again)
+            table.save(path)
+    _summary(table, path)
+    return 0
+
+
+def _start(path: Path, device: Device) -> Table:
+    """The table to go on with. One that does not belong here is not overwritten."""
+    made = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    new = store.new_table(device, made)
+    if not path.exists():
+        return new
+    try:
+        table = load(path)
+    except TableError as error:
+        raise RuntimeError(f"{path} is no table ({error}); move it away first") from None
+    problem = table.mismatch(device)
+    if problem:
+        raise RuntimeError(f"{path} is of no use here, {problem}; move it away first")
+    return replace(table, made=made)
+
+
+def _distinct(shapes: list[Shape], device: Device) -> list[Problem]:
+    found: dict[Bucket, Problem] = {}
+    for shape in shapes:
+        none = refusal(device, shape.dtype, shape.precision)
+        if none is not None:
+            raise RuntimeError(none.reason)
+        for problem in shape.problems():
+            found.setdefault(bucket_of(problem), problem)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _pool(workers: int, device: Device) -> Iterator[Executor | None]:
+    if workers < 1 or device.arch == "interpreter":
+        yield None
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def _said(progress: Progress) -> str:
+    return progress.result if isinstance(progress.result, str) else f"{progress.result:.2f} us a step"
+
+
+def _contests(shape: Shape, table: Table, device: Device, where: torch.device, again: bool) -> Table:
+    results = dict(table.contests)
+    calls = contest.calls_of(shape.hidden_size, shape.batch, shape.directions, shape.dtype, device)
+    with store.using(table, device):
+        for call in calls:
+            if again or bout_of(call, shape.precision, True, False, device) not in results:
+                results.update(contest.hold(call, shape.precision, device, where))
+    return replace(table, contests=results)
+
+
+def _summary(table: Table, path: Path) -> None:
+    for bucket, entry in table.entries.items():
+        best = entry.measured[entry.config.encode()]
+        assert not isinstance(best, str)
+        failed = sum(isinstance(value, str) for value in entry.measured.values())
+        partly = "" if entry.complete else ", not all"
+        print(
+            f"{bucket.which:8} H<={bucket.hidden_size:<5} B<={bucket.batch:<5} D={bucket.directions} {bucket.dtype:8} "
+            f"{bucket.precision:6} {best:8.2f} us a step, of {len(entry.measured)} configs{partly} ({failed} left out)"
+        )
+    for bout, result in table.contests.items():
+        length = "T=1" if bout.single_step else f"T={contest.STEPS}"
+        print(
+            f"{bout.mode:9} {length:5} H<={bout.hidden_size:<5} B<={bout.batch:<5} D={bout.directions} {bout.dtype:8} "
+            f"against cuDNN {bout.algorithm:16} {result.speedup:5.2f}x"
+        )
+    print(f"table: {path}", file=sys.stderr)
