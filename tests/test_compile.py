@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lstm_triton.kernels.config import Config
+import triton
+from lstm_triton.kernels.backward import lstm_backward_kernel
+from lstm_triton.kernels.compile import compile_call, compile_pass
+from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.forward import lstm_forward_kernel
 
 from lstm_triton.cost import shared_bytes
 from lstm_triton.device import KNOWN
@@ -19,12 +24,6 @@ from lstm_triton.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
 REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
-
-
-def compile_pass(*arguments, **options):
-    from lstm_triton.kernels.compile import compile_pass
-
-    return compile_pass(*arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +138,6 @@ def test_every_feature_compiles(which: str) -> None:
 
 def test_no_size_of_a_batch_is_compiled_in() -> None:
     """B, T and the strides that follow from them are plain arguments, not even specialised for 1 or 16."""
-    from lstm_triton.kernels.backward import lstm_backward_kernel
-    from lstm_triton.kernels.forward import lstm_forward_kernel
     from lstm_triton.kernels.tiles import RUNTIME_SIZES
 
     for kernel in (lstm_forward_kernel, lstm_backward_kernel):
@@ -150,6 +147,36 @@ def test_no_size_of_a_batch_is_compiled_in() -> None:
                 assert not parameter.is_constexpr
             elif not parameter.is_constexpr:
                 assert parameter.name not in ("batch", "seq_len")
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("hidden_size", [64, 512, 650])
+def test_no_batch_or_length_compiles_anew(which: str, hidden_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty random (B, T) after one call per batch bucket: no new plan, no new key in Triton's cache."""
+    kernel = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}[which]
+    keys, configs = set(), set()
+
+    def record(self, key, signature, device, *rest):
+        keys.add(key)
+        self.device_caches[device][0][key] = self
+        return self
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", record)
+    monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+
+    def call(batch: int, seq_len: int, batch_first: bool) -> None:
+        config = plan(Problem(which, hidden_size, batch, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
+        configs.add(config)
+        compile_call(which, config, "sm_90", Layout(batch, seq_len, batch_first), hidden_size, torch.bfloat16)
+
+    for bucket in range(4, 13):
+        call(2**bucket, 16, False)
+    warm = len(keys), len(configs)
+    assert warm[0] <= warm[1]
+    random.seed(0)
+    for _ in range(50):
+        call(random.randint(1, 5000), random.randint(1, 3000), random.random() < 0.5)
+    assert (len(keys), len(configs)) == warm
 
 
 def test_the_report_fails_on_a_plan_that_spills() -> None:

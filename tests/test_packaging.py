@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lstm_triton": ROOT / "lstm_triton", "lstm_triton.kernels": ROOT / "kernels"}
+SHIPPED = ROOT / "lstm_triton" / "tuning" / "shipped"
 
 
 def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
@@ -39,7 +40,8 @@ def test_wheel_and_sdist(distributions: tuple[Path, Path]) -> None:
         f"lstm_triton/{path.relative_to(ROOT / 'lstm_triton')}" for path in (ROOT / "lstm_triton").rglob("*.py")
     }
     expected |= {f"lstm_triton/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert names == expected | {"lstm_triton/py.typed"}
+    shipped = {f"lstm_triton/tuning/shipped/{path.name}" for path in SHIPPED.glob("*.json")}
+    assert names == expected | shipped | {"lstm_triton/py.typed"}
     with tarfile.open(sdist) as archive:
         assert any(name.endswith("LICENSE") for name in archive.getnames())
 
@@ -96,18 +98,25 @@ def test_imports_point_one_way() -> None:
             assert not {name.split(".")[0] for name in found} & outside, path
 
 
-def test_only_recipes_need_more_than_torch_and_triton() -> None:
+def test_only_recipes_need_more_than_the_dependencies() -> None:
+    import re
+    import tomllib
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split(r"[<>=]", requirement)[0] for requirement in wanted}
+    used = set()
     for path, found in modules(PACKAGES["lstm_triton"], "lstm_triton"):
-        others = (
-            {name.split(".")[0] for name in found} - {"torch", "triton", "lstm_triton"} - set(sys.stdlib_module_names)
-        )
-        assert not others or "recipes" in path.parts, f"{path} imports {others}"
+        others = {name.split(".")[0] for name in found} - {"lstm_triton"} - set(sys.stdlib_module_names)
+        if "recipes" not in path.parts:
+            used |= others
+            assert others <= declared, f"{path} imports {others}"
+    assert used == declared
 
 
-def test_no_module_reads_the_environment() -> None:
+def test_only_the_settings_read_the_environment() -> None:
     for folder in PACKAGES.values():
         for path in folder.rglob("*.py"):
-            if "recipes" not in path.parts:
+            if "recipes" not in path.parts and path.name not in ("settings.py", "doctor.py"):
                 assert "os.environ" not in path.read_text(), path
                 assert "getenv" not in path.read_text(), path
 

@@ -17,6 +17,7 @@ DEVICES = [
     replace(KNOWN[arch], name="emulated", multiprocessors=count, shared_memory=shared * 1024)
     for arch, count, shared in itertools.product(("sm_80", "sm_90", "sm_120"), (20, 84, 132, 200), (64, 99, 163, 227))
 ]
+EVERY_HIDDEN_SIZE = range(1, 8193)
 HIDDEN_SIZES = (1, 3, 17, 64, 130, 512, 650, 1024, 1150, 2048, 4096, 8192)
 
 
@@ -34,6 +35,24 @@ def test_plans_fit_any_device(device: Device) -> None:
         if config.placement == "grid":
             programs = ceil_div(hidden_size, config.block_h) * directions * config.max_batch_tiles
             assert 0 < programs <= device.multiprocessors, "programs that wait for each other must be resident together"
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_a_plan_for_every_hidden_size(which: str) -> None:
+    """From 1 to 8192, each on another of the devices, in every type in turn."""
+    types = itertools.cycle((("bfloat16", "tf32"), ("float32", "tf32"), ("float16", "tf32"), ("float32", "tf32x3")))
+    for hidden_size, device, (dtype, precision) in zip(EVERY_HIDDEN_SIZE, itertools.cycle(DEVICES), types):
+        asked = problem(which, hidden_size, dtype=dtype, precision=precision)
+        chosen = plan(asked, device)
+        if isinstance(chosen, NoPlan):
+            assert chosen.reason
+            continue
+        config = chosen.config
+        assert shared_bytes(config, asked) <= device.shared_memory
+        if config.placement == "grid":
+            assert 0 < ceil_div(hidden_size, config.block_h) * config.max_batch_tiles <= device.multiprocessors
+        else:
+            assert config.placement == "stepwise" or config.block_h >= hidden_size
 
 
 @pytest.mark.parametrize("arch", [arch for arch in KNOWN if arch.startswith("sm_")])

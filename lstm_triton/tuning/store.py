@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..device import Device
-from ..settings import AUTOTUNE, cache_dir
+from ..settings import AUTOTUNE, CACHE_DIR, cache_dir
 from .table import NO_TABLE, Table, TableError, kernels_hash, load, parse
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -39,7 +39,7 @@ def active_table(device: Device) -> Table:
         return _IN_USE[device]
     if AUTOTUNE.read() == "off" or device.arch == "interpreter":
         return NO_TABLE
-    return _found(device, user_path(device), is_shared())
+    return _found(device, CACHE_DIR.read(), is_shared())
 
 
 @contextlib.contextmanager
@@ -56,8 +56,13 @@ def using(table: Table, device: Device) -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def _found(device: Device, user: Path, shared: bool) -> Table:
-    tables = [table for path in (user, SHIPPED / file_name(device)) if (table := read(path, device)) is not NO_TABLE]
+def _found(device: Device, folder: str, shared: bool) -> Table:
+    """What `active_table` found while the variables said the same."""
+    tables = [
+        table
+        for path in (user_path(device), SHIPPED / file_name(device))
+        if (table := read(path, device)) is not NO_TABLE
+    ]
     found = tables[0].over(tables[1]) if len(tables) == 2 else tables[0] if tables else NO_TABLE
     return agreed(found, device) if shared else found
 
