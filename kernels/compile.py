@@ -87,10 +87,12 @@ def compile_pass(
     save: bool = True,
     lengths: bool = False,
     reset: bool = False,
+    state: bool = True,
 ) -> Report:
-    """Compile one pass ("forward" or "backward") of a layer with an initial state given."""
+    """Compile one pass ("forward" or "backward") of a layer; state: with h_0, c_0 and gradients of h_n, c_n."""
     layout = Layout(batch=config.block_b, seq_len=2, batch_first=False)
-    binary = compile_call(which, config, arch, layout, hidden_size, dtype, precision, directions, save, lengths, reset)
+    features = (save, lengths, reset, state)
+    binary = compile_call(which, config, arch, layout, hidden_size, dtype, precision, directions, *features)
     return _nvidia_report(binary) if arch.startswith("sm_") else _amd_report(binary)
 
 
@@ -106,13 +108,14 @@ def compile_call(
     save: bool = True,
     lengths: bool = False,
     reset: bool = False,
+    state: bool = True,
 ) -> Any:
     """Triton's binary of the first launch of a call with these sizes."""
     meta = {"dtype": dtype, "device": "meta"}
     gates = torch.empty((layout.rows, directions, 4 * hidden_size), **meta)
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
     sequence = torch.empty((layout.rows, directions, hidden_size), **meta)
-    state = torch.empty((directions, layout.batch, hidden_size), **meta)
+    given = torch.empty((directions, layout.batch, hidden_size), **meta) if state else None
     row_lengths = torch.empty((layout.batch,), dtype=torch.int32, device="meta") if lengths else None
     marks = torch.empty((layout.rows,), dtype=torch.bool, device="meta") if reset else None
     binaries: list[Any] = []
@@ -125,10 +128,11 @@ def compile_call(
     options = (row_lengths, marks, None, launch)
     with compiling_for(arch):
         if which == "forward":
-            lstm_forward(gates, w_hh, (state, state), layout, config, precision, save, *options)
+            pair = None if given is None else (given, given)
+            lstm_forward(gates, w_hh, pair, layout, config, precision, save, *options)
         else:
-            given = (sequence, state, state, gates, sequence, w_hh, state)
-            lstm_backward(*given, layout, config, precision, *options)
+            tensors = (sequence, given, given, gates, sequence, w_hh, given)
+            lstm_backward(*tensors, layout, config, precision, *options)
     return binaries[0]
 
 

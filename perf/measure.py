@@ -1,71 +1,139 @@
-"""Timing and provenance, shared by the scripts of this folder."""
+"""One provider on one shape: checked, then timed in every mode."""
 
 from __future__ import annotations
 
-import csv
-import datetime
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import triton
+from check import Truth
+from floor import precise
+from providers import PROVIDERS, Unsupported
+from shapes import Shape
+
+from lstm_triton.tuning.clock import Times, times_of
+
+WARM_UP = 3
 
 
-def needs_gpu() -> bool:
-    """Whether there is no CUDA device; says so on stderr."""
-    if torch.cuda.is_available():
-        return False
-    print("this script measures on a CUDA device, and there is none", file=sys.stderr)
-    return True
+class Measurement:
+    """One provider on one shape."""
+
+    def __init__(self, truth: Truth, provider: str, repeat: int) -> None:
+        self.shape, self.device, self.repeat = truth.shape, truth.device, repeat
+        self.x = truth.x
+        self.module = PROVIDERS[provider](truth.base, truth.shape)
+        self.cotangent = None
+        complaint = truth.complaint(self.module)
+        if complaint:
+            raise Unsupported(complaint)
+        precise(self.shape.dtype)
+
+    def metrics(self, mode: str) -> Iterator[tuple[str, Times]]:
+        """(metric, times) of a mode; values of "memory" are MiB, each measured once."""
+        if mode == "memory":
+            yield "saved_mib", once(self._saved())
+            if self.device.type == "cuda":
+                yield "peak_mib", once(self._peak())
+        elif mode == "train":
+            yield "ms", self._times(self._train, self.device, self._clear)
+        elif mode == "step":
+            yield "ms", self._times(self._one_step, torch.device("cpu"))
+        else:
+            yield "ms", self._times(self._infer, self.device)
+
+    def _times(
+        self, call: Callable[[], None], device: torch.device, prepare: Callable[[], None] = lambda: None
+    ) -> Times:
+        return times_of(call, device, self.repeat, prepare, warm_up=WARM_UP)
+
+    def _infer(self) -> None:
+        with torch.no_grad():
+            self.module(self.x)
+
+    def _one_step(self) -> None:
+        """On the host's clock, until the result is there: what a rollout waits for."""
+        with torch.no_grad():
+            self.module(self.x[:1])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _clear(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        self.x = self.x.detach().requires_grad_()
+
+    def _train(self) -> None:
+        out = self.module(self.x)
+        if self.cotangent is None:
+            self.cotangent = torch.ones_like(out)
+        out.backward(self.cotangent)
+
+    def _peak(self) -> float:
+        """MiB of device memory that a training step takes at most, beyond weights and input."""
+        self._clear()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._train()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def _saved(self) -> float:
+        """MiB that autograd keeps from the forward to the backward pass, the input and the weights left out."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (self.x, *self.module.parameters())}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self._clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = self.module(self.x)
+        del out
+        return sum(kept.values()) / 2**20
 
 
-def quantiles_of(
-    call: Callable[[], object], repeat: int, prepare: Callable[[], object] = lambda: None
-) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile in ms of `repeat` calls, timed by events after five warm-ups.
-
-    `prepare` runs before every call, outside the timed region. Inputs stay where they are: nothing
-    flushes the L2 cache between calls, as in a training loop.
-    """
-    times = []
-    for index in range(repeat + 5):
-        prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if index >= 5:
-            times.append(start.elapsed_time(end))
-    low, middle, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return low, middle, high
+def once(value: float) -> Times:
+    return Times(value, value, value, 1)
 
 
-def provenance() -> dict[str, str]:
-    """Where and with what a row was measured."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip().splitlines()[0] if driver.returncode == 0 else "unknown",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
+COLD = """
+import time
+start = time.perf_counter()
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from providers import PROVIDERS
+from shapes import Shape
+shape = {shape!r}
+device = {device!r}
+sizes = (shape.input_size, shape.hidden_size, shape.layers)
+base = torch.nn.LSTM(*sizes, bidirectional=shape.directions == 2, device=device)
+x = torch.randn(shape.seq_len, shape.batch, shape.input_size, device=device).to(getattr(torch, shape.torch_dtype))
+module = PROVIDERS[{provider!r}](base, shape)
+out = module(x.requires_grad_())
+out.sum().backward()
+float(x.grad.sum())
+print(1e3 * (time.perf_counter() - start))
+"""
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write rows of the same keys, each with its provenance, as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    where = provenance()
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
-    print(f"written: {path} ({len(rows)} rows)")
+def cold_ms(shape: Shape, provider: str, device: torch.device) -> float:
+    """A new process with empty compiler caches: imports, one training step, the result read."""
+    code = COLD.format(folder=str(Path(__file__).parent), shape=shape, provider=provider, device=device.type)
+    with tempfile.TemporaryDirectory() as empty:
+        caches = {"TRITON_CACHE_DIR": f"{empty}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **caches}
+        )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(lines[-1])
+    return float(done.stdout.split()[-1])

@@ -12,7 +12,7 @@ import torch
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward
-from measure import needs_gpu
+from rows import needs_gpu
 
 HIDDEN, BATCH, STEPS = 512, 16, 32
 

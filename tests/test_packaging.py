@@ -100,6 +100,7 @@ def test_imports_point_one_way() -> None:
 
 def test_only_recipes_need_more_than_the_dependencies() -> None:
     import re
+
     import tomllib
 
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

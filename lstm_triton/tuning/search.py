@@ -111,6 +111,7 @@ def _complaint(config: Config, problem: Problem, device: Device) -> str:
             getattr(torch, problem.dtype),
             problem.precision,
             problem.directions,
+            state=False,  # as `Scratch` calls it, so that the timed launch finds the binary
         )
     except Exception as error:  # whatever the compiler raises is the finding
         return _first_line(error)

@@ -1,0 +1,143 @@
+"""Rows, provenance and whole files, shared by the scripts of this folder."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import triton
+
+from lstm_triton.doctor import driver_version
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, or why there is none.
+
+    region .. dtype: the shape. mode: "forward" (no gradients), "train" (forward, backward, all
+    gradients), "step" (T = 1, no gradients, until the result is there), "cold" (a fresh process until the
+    first result). metric: "ms", "peak_mib" (device memory beyond weights and input), "saved_mib" (kept
+    for backward), or a ceiling's own. value: the median; p20, p80: percentiles; empty where error is not.
+    """
+
+    region: str
+    label: str
+    input_size: str
+    hidden_size: str
+    batch: str
+    seq_len: str
+    layers: str
+    directions: str
+    dtype: str
+    provider: str
+    mode: str
+    metric: str
+    value: str
+    p20: str = ""
+    p80: str = ""
+    repeat: str = ""
+    floor: str = ""
+    config: str = ""
+    error: str = ""
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    cudnn: str = ""
+    commit: str = ""
+    date: str = ""
+
+    def key(self) -> tuple[str, ...]:
+        """What was measured, without the result."""
+        return tuple(getattr(self, name) for name in COLUMNS[: COLUMNS.index("value")])
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+class RowsError(ValueError):
+    """A file that is no table of rows, with what is wrong."""
+
+
+def needs_gpu() -> bool:
+    """Whether there is no CUDA device; says so on stderr."""
+    if torch.cuda.is_available():
+        return False
+    print("this script measures on a CUDA device, and there is none", file=sys.stderr)
+    return True
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "CPU"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    threads = torch.get_num_threads()
+    return f"{model or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Where and with what a row was measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "device": device_name(device),
+        "driver": driver_version() if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version() or ""),
+        "commit": os.environ.get("LSTM_TRITON_COMMIT") or commit.stdout.strip() or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file; RowsError says what is wrong with a truncated or foreign one."""
+    text = path.read_text()
+    reader = csv.reader(text.splitlines())
+    header = next(reader, None)
+    if header != COLUMNS:
+        raise RowsError(f"{path}: not a table of measurements, its first line is {','.join(header or [])[:80]!r}")
+    if not text.endswith("\n"):
+        raise RowsError(f"{path}: truncated, its last line does not end")
+    rows = []
+    for number, cells in enumerate(reader, start=2):
+        if len(cells) != len(COLUMNS):
+            raise RowsError(f"{path}: line {number} has {len(cells)} of {len(COLUMNS)} cells")
+        row = Row(*cells)
+        try:
+            numbers = [float(cell) for cell in (row.value, row.p20, row.p80, row.floor) if cell]
+        except ValueError as error:
+            raise RowsError(f"{path}: line {number}: {error}") from None
+        if bool(row.value) == bool(row.error) or any(number != number for number in numbers):
+            raise RowsError(f"{path}: line {number} must have either a value or an error")
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write the whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, name) for name in COLUMNS] for row in rows)
+    os.replace(temporary, path)
+
+
+def digits(number: float) -> str:
+    """Five significant digits: more would be noise."""
+    return f"{number:.5g}"

@@ -1,0 +1,228 @@
+"""Every provider on every shape: one CSV, from which `plot.py` draws.
+
+    python perf/sweep.py --set home users --out rows.csv
+    python perf/sweep.py --set home users --out rows.csv --resume
+
+A provider is timed on a shape only after its results were found to be as close to fp64 as twice
+nn.LSTM's (`check.py`); an error is a row that says so. Medians with the 20th and 80th percentile, after
+warm-up, inputs outside the timer, gradients cleared; the L2 cache is not flushed. TF32 is the same for
+all. The file is whole after every shape and provider: Ctrl-C keeps what is done, --resume goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from check import Truth
+from floor import Ceilings, rows_of
+from floor import measure as measure_ceilings
+from lstm_triton.kernels.compile import compile_pass
+from measure import Measurement, cold_ms, once
+from providers import PROVIDERS, Unsupported
+from rows import Row, RowsError, device_here, digits, provenance, read_rows, write_rows
+from shapes import SETS, Shape
+from tqdm import tqdm
+
+from lstm_triton.device import Device, device_of
+from lstm_triton.planner import NoPlan
+from lstm_triton.problem import PASSES, Problem
+from lstm_triton.routing import plan_for
+from lstm_triton.tuning.clock import Times
+
+MODES = ("forward", "train", "step", "memory", "cold")
+METRIC = {"forward": "ms", "train": "ms", "step": "ms", "memory": "", "cold": "ms"}
+DEFAULTS = {  # what fits the machine: sets, providers, modes
+    "cuda": (
+        ["small", "home", "open", "users"],
+        ["nn_lstm", "ours", "ours_kernels"],
+        ["forward", "train", "step", "memory"],
+    ),
+    "cpu": (["scratch", "cpu"], [name for name in PROVIDERS if name != "ours_kernels" and "autocast" not in name],
+            ["forward", "train", "memory"]),
+}  # fmt: skip
+
+
+def blank(shape: Shape, provider: str, mode: str, metric: str) -> Row:
+    sizes = (shape.input_size, shape.hidden_size, shape.batch, shape.seq_len, shape.layers, shape.directions)
+    return Row(shape.region, shape.label, *map(str, sizes), shape.dtype, provider, mode, metric, "")
+
+
+def expected(shape: Shape, provider: str, modes: list[str], device: torch.device) -> list[Row]:
+    """The rows that will be there when the shape and the provider are done, without values."""
+    rows = []
+    for mode in modes:
+        metrics = [METRIC[mode]] if METRIC[mode] else ["saved_mib", *["peak_mib"] * (device.type == "cuda")]
+        rows += [blank(shape, provider, mode, metric) for metric in metrics]
+    return rows
+
+
+def configs_of(shape: Shape, provider: str, device: torch.device) -> str:
+    """The configs that our kernels run by, for the row."""
+    if not provider.startswith("ours") or device.type != "cuda":
+        return ""
+    chosen = [plan_for(problem, device_of(device)) for problem in problems_of(shape)]
+    return " | ".join("" if isinstance(one, NoPlan) else f"{one.source}: {one.config.encode()}" for one in chosen)
+
+
+def problems_of(shape: Shape) -> list[Problem]:
+    sizes = (shape.hidden_size, shape.batch, shape.directions, shape.torch_dtype, shape.precision)
+    return [Problem(which, *sizes) for which in PASSES]
+
+
+def rows_for(
+    shape: Shape, truth: Truth | str, provider: str, modes: list[str], ceilings: Ceilings, repeat: int
+) -> list[Row]:
+    """All rows of one provider on one shape; truth may be the reason why there is none."""
+    device = device_here()
+    wanted = expected(shape, provider, modes, device)
+    try:
+        if isinstance(truth, str):
+            raise Unsupported(truth)
+        config = configs_of(shape, provider, device)
+        measured: dict[tuple[str, str], Times] = {}
+        timed = [mode for mode in modes if mode != "cold"]
+        measurement = Measurement(truth, provider, repeat)
+        for mode in timed:
+            measured |= {(mode, metric): times for metric, times in measurement.metrics(mode)}
+        if "cold" in modes:
+            measured["cold", "ms"] = once(cold_ms(shape, provider, device))
+    except Exception as error:  # whatever a provider raises is its result
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return [replace(row, error=_said(error)) for row in wanted]
+    rows = []
+    for row in wanted:
+        times = measured[row.mode, row.metric]
+        floor = ""
+        if row.metric == "ms" and row.mode in ("forward", "train"):
+            floor = digits(ceilings.floor_ms(shape, row.mode))
+        values = dict(value=digits(times.median), p20=digits(times.p20), p80=digits(times.p80))
+        rows.append(replace(row, **values, repeat=str(times.repeat), floor=floor, config=config))
+    return rows
+
+
+def _said(error: Exception) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0][:300]
+    return text if isinstance(error, Unsupported) else f"{type(error).__name__}: {text}"
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    head = f"{row.provider:24} {row.mode:8}"
+    if row.error:
+        return f"{head} {row.error}"
+    text = f"{head} {row.value:>9} {row.metric:9} ({row.p20} to {row.p80})"
+    return f"{text}  floor/measured {float(row.floor) / float(row.value):.2f}" if row.floor else text
+
+
+def compile_ahead(shapes: list[Shape], device: Device, workers: int) -> None:
+    """Fill Triton's cache for the plans of all shapes, in parallel: a sweep is for measuring."""
+    jobs = set()
+    for shape in shapes:
+        for problem in problems_of(shape):
+            chosen = plan_for(problem, device)
+            if not isinstance(chosen, NoPlan):
+                saves = (True, False) if problem.which == "forward" else (True,)
+                jobs |= {(problem.which, chosen.config, shape, save) for save in saves}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, job, device.arch) for job in jobs]
+        for future in tqdm(futures, desc="compiling", unit="kernel", disable=None):
+            future.exception()  # it will be met, and recorded, where the kernel is launched
+
+
+def _compile(job: tuple, arch: str) -> None:
+    which, config, shape, save = job
+    dtype = getattr(torch, shape.torch_dtype)
+    sizes = (shape.hidden_size, dtype, shape.precision, shape.directions)
+    compile_pass(which, config, arch, *sizes, save=save, state=False)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sets, providers, modes = DEFAULTS[device_here().type]
+    parser.add_argument("--set", nargs="+", choices=SETS, default=sets, help="(default: %(default)s)")
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=providers, help="(default: %(default)s)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=modes, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="go on with the file: measure what it lacks")
+    parser.add_argument("--repeat", type=int, default=20 if device_here().type == "cuda" else 7)
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU; more than one needs cores that nobody shares")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile kernels ahead")
+    return parser.parse_args(arguments)
+
+
+def start(path: Path, resume: bool) -> list[Row]:
+    """The rows to go on from; OSError and RowsError are for the user. Nothing is overwritten."""
+    if path.exists():
+        if not resume:
+            raise FileExistsError(f"{path} is there already: --resume goes on with it")
+        return read_rows(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, [])
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        rows = start(options.out, options.resume)
+    except (OSError, RowsError) as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return 2
+    device, shapes = device_here(), [shape for name in options.set for shape in SETS[name]]
+    where = provenance(device)
+    done = {row.key() for row in rows}
+    work = [
+        (shape, [provider for provider in options.provider
+                 if any(row.key() not in done for row in expected(shape, provider, options.mode, device))])
+        for shape in shapes
+    ]  # fmt: skip
+    work = [(shape, providers) for shape, providers in work if providers]
+    if not work:
+        print("nothing is left to measure")
+        return 0
+    ceilings, found = measure_ceilings(device, sorted({shape.dtype for shape, _ in work}))
+    rows += rows_of(found, where)
+    write_rows(options.out, rows)
+    if device.type == "cuda" and any(name.startswith("ours") for name in options.provider):
+        compile_ahead([shape for shape, _ in work], device_of(device), options.workers)
+    bar = tqdm(total=sum(len(providers) for _, providers in work), unit="provider", disable=None)
+    try:
+        for shape, providers in work:
+            tqdm.write(str(shape))
+            truth = _truth(shape, device)
+            for provider in providers:
+                bar.set_postfix_str(provider)
+                new = rows_for(shape, truth, provider, options.mode, ceilings, options.repeat)
+                rows += [replace(row, **where) for row in new if row.key() not in done]
+                write_rows(options.out, rows)
+                tqdm.write("\n".join("  " + line(row) for row in new))
+                bar.update()
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(rows)} rows are in {options.out}, --resume goes on", file=sys.stderr)
+        return 130
+    finally:
+        bar.close()
+    failed = sum(bool(row.error) for row in rows)
+    print(f"{len(rows)} rows in {options.out}, {failed} of them errors")
+    return 0
+
+
+def _truth(shape: Shape, device: torch.device) -> Truth | str:
+    try:
+        return Truth(shape, device)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "no fp64 truth to check against: out of memory"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
