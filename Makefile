@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: test lint types pytest compile demo report clean
+.PHONY: test lint types pytest compile demo report sweep clean
 
 test: lint types pytest compile
 
@@ -34,5 +34,12 @@ demo: .venv/installed
 report: .venv/installed
 	$(BIN)/python perf/compile_report.py
 
+# Measures what this machine can, draws it, and redraws the recorded results.
+sweep: .venv/installed
+	$(BIN)/python perf/sweep.py --out sweep/rows.csv --resume
+	$(BIN)/python perf/plot.py --rows sweep/rows.csv
+	$(BIN)/python perf/plot.py
+	$(BIN)/python perf/compile_report.py --json sweep/compile.json
+
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv demo sweep build dist *.egg-info

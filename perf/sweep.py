@@ -144,6 +144,12 @@ def _compile(job: tuple, arch: str) -> None:
     compile_pass(which, config, arch, *sizes, save=save, state=False)
 
 
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sets, providers, modes = DEFAULTS[device_here().type]
@@ -152,9 +158,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=modes, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="go on with the file: measure what it lacks")
-    parser.add_argument("--repeat", type=int, default=20 if device_here().type == "cuda" else 7)
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU; more than one needs cores that nobody shares")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile kernels ahead")
+    parser.add_argument("--repeat", type=positive, default=20 if device_here().type == "cuda" else 7)
+    parser.add_argument("--threads", type=positive, default=1, help="on a CPU; more need cores that nobody shares")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that compile kernels ahead")
     return parser.parse_args(arguments)
 
 

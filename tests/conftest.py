@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -15,6 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if "triton" in sys.modules:
             raise pytest.UsageError("triton was imported before the tests could turn its interpreter on")
         os.environ["TRITON_INTERPRET"] = "1"
+    # No test may depend on the tables of whoever runs it, nor write there.
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["LSTM_TRITON_CACHE_DIR"] = folder.name
     import torch
 
     torch.set_num_threads(1)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +16,12 @@ from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain
 from lstm_triton.device import device_of
+from lstm_triton.doctor import self_check
 from lstm_triton.planner import candidates, plan
 from lstm_triton.problem import PASSES, Problem
+from lstm_triton.tuning import contest, store
+from lstm_triton.tuning.search import search
+from lstm_triton.tuning.table import Contest
 
 pytestmark = pytest.mark.gpu
 
@@ -176,6 +186,66 @@ def test_no_batch_or_length_compiles_anew() -> None:
     for steps, batch in ((1, 1), (7, 16), (17, 33), (64, 48), (100, 63), (5, 5)):
         module(torch.randn(steps, batch, 30, device="cuda", dtype=torch.float16))[0].sum().backward()
     assert binaries() == before
+
+
+def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
+    """Compiling for this GPU by name fills Triton's cache with the binary that the launch then loads."""
+    code = """
+import os, pathlib, torch
+from lstm_triton.device import device_of
+from lstm_triton.kernels.compile import compile_pass
+from lstm_triton.kernels.config import Layout
+from lstm_triton.kernels.forward import lstm_forward
+from lstm_triton.planner import plan
+from lstm_triton.problem import Problem
+where = torch.device("cuda")
+device = device_of(where)
+config = plan(Problem("forward", 512, 32, 1, "bfloat16", "tf32"), device).config
+compile_pass("forward", config, device.arch, 512, torch.bfloat16, state=False)
+gates = torch.randn(32 * 5, 1, 2048, device=where, dtype=torch.bfloat16)
+w_hh = torch.randn(1, 2048, 512, device=where, dtype=torch.bfloat16) * 0.04
+lstm_forward(gates, w_hh, None, Layout(32, 5, False), config, "tf32", True)
+torch.cuda.synchronize()
+found = pathlib.Path(os.environ["TRITON_CACHE_DIR"]).glob("*/lstm_forward_kernel.cubin")
+print("binaries", len(list(found)))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "binaries 1"
+
+
+def test_the_search_finds_a_config_that_is_right() -> None:
+    device, where = device_of(torch.device("cuda")), torch.device("cuda")
+    for which in PASSES:
+        problem = Problem(which, 128, 16, 1, "bfloat16", "tf32")
+        entry = search(problem, device, where, time.monotonic() + 20)
+        assert entry is not None
+        failed = {key: value for key, value in entry.measured.items() if isinstance(value, str)}
+        assert not failed, failed
+        assert 0 < entry.measured[entry.config.encode()] < 1000
+
+
+def test_auto_takes_nn_lstm_where_it_was_faster() -> None:
+    device, where = device_of(torch.device("cuda")), torch.device("cuda")
+    torch.manual_seed(0)
+    theirs = nn.LSTM(128, 128, device=where, dtype=torch.bfloat16)
+    ours = LSTM(128, 128, device=where, dtype=torch.bfloat16)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(40, 8, 128, device=where, dtype=torch.bfloat16)
+    held = dict(contest.hold(contest.calls_of(128, 8, 1, "bfloat16", device)[0], "tf32", device, where))
+    assert len(held) == 4
+    for faster, path in ((0.5, "torch"), (2.0, "triton")):
+        contests = {bout: Contest(1.0, faster) for bout in held}
+        with store.using(replace(store.new_table(device, {}), contests=contests), device):
+            assert {layer.path for layer in explain(ours, x).layers} == {path}
+            out, _ = ours(x)
+            assert torch.equal(out, theirs(x)[0]) or path == "triton"
+            out.sum().backward()
+
+
+def test_the_self_check() -> None:
+    assert self_check(torch.device("cuda")).startswith("kernels ran")
 
 
 def test_auto_takes_the_kernels_and_says_so() -> None:

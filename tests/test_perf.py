@@ -1,33 +1,336 @@
-"""The measuring scripts, as far as they run without a GPU."""
+"""The perf suite, as far as it runs without a GPU: rows, checks, ceilings, figures, wrong input."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import check
+import figures
+import floor
+import plot
+import providers
 import pytest
+import rows as rows_module
+import sweep
 import torch
 from interpreter import cooperative
+from rows import Row, RowsError, read_rows, write_rows
+from shapes import SETS, Shape, square
 
-PERF = Path(__file__).parents[1] / "perf"
-sys.path.insert(0, str(PERF))
+ROOT = Path(__file__).parents[1]
+PERF = ROOT / "perf"
+CPU = torch.device("cpu")
+TINY = square("tiny", 8, 2, 3, "float32-ieee")
+SWEEP = ["--set", "tiny", "--provider", "nn_lstm", "ours", "per_step", "--mode", "forward", "train", "memory",
+         "--repeat", "1", "--out"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(floor, "MATRIX", {"cpu": 16})
 
 
 @pytest.mark.parametrize("protocol", ["flags", "mailbox"])
 def test_the_floor_kernel_exchanges_every_tile(protocol: str) -> None:
-    import floor
-
     with cooperative(2):
-        sums = floor.run(4, 5, protocol, "cpu")
+        sums = floor.exchange(4, 5, protocol, "cpu")
     assert torch.equal(sums, torch.full((4,), floor.expected_sum(4, 5)))
 
 
+def test_floors_add_up() -> None:
+    """By hand: H = 512, B = 16, T = 10, one program at a 100th of the rate, or 32 with a hop of 1 us."""
+    shape = square("x", 512, 16, 10, "bfloat16")
+    ceilings = floor.Ceilings(1e12, {"bfloat16": 1e14}, 5e-6, {("flags", 32): 1e-6}, 100)
+    recurrent = 8 * 16 * 512 * 512
+    step = min(recurrent / 1e12, 1e-6 + recurrent / 32e12)
+    assert ceilings.step_seconds(shape) == pytest.approx(step)
+    product = 2 * 160 * 512 * 2048
+    moved = 160 * (512 + 2 * 2048 + 512) * 2
+    forward = max(product / 1e14, moved / 1e12) + 10 * step + 5e-6
+    assert ceilings.floor_ms(shape, "forward") == pytest.approx(forward * 1e3)
+    train = max(4 * product / 1e14, 3 * moved / 1e12) + 20 * step + 5e-6
+    assert ceilings.floor_ms(shape, "train") == pytest.approx(train * 1e3)
+    assert ceilings.floor_ms(replace(shape, layers=2), "forward") == pytest.approx(2e3 * forward)
+
+
+LOOPS = ("separate_gates", "combined_gates", "per_step")
+
+
+@pytest.mark.parametrize("name", ["nn_lstm", "ours", *LOOPS])
+def test_providers_agree_with_nn_lstm(name: str) -> None:
+    truth = check.Truth(TINY, CPU)
+    assert truth.complaint(providers.PROVIDERS[name](truth.base, TINY)) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ours_kernels", "needs a CUDA device"),
+        ("ours_autocast", "autocast is for 16-bit types"),
+        ("nn_lstm_autocast", "autocast is for 16-bit types"),
+    ],
+)
+def test_providers_say_why_not(name: str, reason: str) -> None:
+    with pytest.raises(providers.Unsupported, match=reason):
+        providers.PROVIDERS[name](check.Truth(TINY, CPU).base, TINY)
+
+
+def test_autocast_providers() -> None:
+    shape = replace(TINY, dtype="bfloat16")
+    truth = check.Truth(shape, CPU)
+    for name in ("nn_lstm", "nn_lstm_autocast", "ours", "ours_autocast", "combined_gates"):
+        assert truth.complaint(providers.PROVIDERS[name](truth.base, shape)) == ""
+
+
+@pytest.mark.parametrize("kind", ["separate", "combined", "hoisted"])
+def test_a_wrong_provider_is_caught(kind: str) -> None:
+    """One weight off by a thousandth: further than twice nn.LSTM's own error."""
+    truth = check.Truth(TINY, CPU)
+    module = providers.Loop(truth.base, TINY, kind, compiled=False)
+    with torch.no_grad():
+        next(module.parameters()).flatten()[0] += 1e-3
+    assert truth.complaint(module).startswith("wrong output: relative rms error")
+
+
+def test_loops_refuse_what_they_do_not_do() -> None:
+    shape = replace(TINY, layers=2)
+    truth = check.Truth(shape, CPU)
+    with pytest.raises(providers.Unsupported, match="one layer in one direction"):
+        providers.combined_gates(truth.base, shape)
+
+
+def test_a_sweep_writes_rows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "deep" / "rows.csv"
+    assert sweep.main([*SWEEP, str(out)]) == 0
+    first = read_rows(out)
+    measured = [row for row in first if row.provider != "ceiling"]
+    assert len(measured) == 2 * 3 * 3
+    assert not [row.error for row in measured if row.error]
+    assert all(float(row.value) > 0 and row.commit and row.torch == torch.__version__ for row in measured)
+    assert all(bool(row.floor) == (row.mode != "memory") for row in measured)
+    assert "floor/measured" in capsys.readouterr().out
+    assert sweep.main([*SWEEP, str(out), "--resume"]) == 0
+    assert read_rows(out) == first
+    assert "nothing is left to measure" in capsys.readouterr().out
+
+
+def test_an_interrupted_sweep_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    real, calls = sweep.rows_for, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sweep, "rows_for", interrupted)
+    out = tmp_path / "rows.csv"
+    assert sweep.main([*SWEEP, str(out)]) == 130
+    kept = read_rows(out)
+    assert {row.provider for row in kept} == {"ceiling", "nn_lstm", "ours"}
+    assert "--resume goes on" in capsys.readouterr().err
+    assert sweep.main([*SWEEP, str(out), "--resume"]) == 0
+    assert read_rows(out)[: len(kept)] == kept
+    assert len(calls) == 3 + 4
+
+
+def test_an_error_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(base, shape):
+        raise RuntimeError("no luck\nwith details")
+
+    monkeypatch.setitem(providers.PROVIDERS, "per_step", broken)
+    out = tmp_path / "rows.csv"
+    assert sweep.main([*SWEEP, str(out)]) == 0
+    failed = [row for row in read_rows(out) if row.error]
+    assert {(row.provider, row.error, row.value) for row in failed} == {("per_step", "RuntimeError: no luck", "")}
+    assert len(failed) == 6
+
+
+def test_a_provider_that_fails_the_check_gets_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(base, shape):
+        module = providers.Loop(base, shape, "hoisted", False)
+        with torch.no_grad():
+            module.bias.add_(1e-3)
+        return module
+
+    monkeypatch.setitem(providers.PROVIDERS, "per_step", wrong)
+    out = tmp_path / "rows.csv"
+    assert sweep.main([*SWEEP, str(out)]) == 0
+    for row in read_rows(out):
+        assert (row.provider == "per_step") == bool(row.error)
+        assert row.provider != "per_step" or (row.error.startswith("wrong output") and not row.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--set", "nowhere"], ["--provider", "magic"], ["--mode", "warp"], ["--repeat", "0"], ["--threads", "0"]],
+)
+def test_unknown_names_end_with_2(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sweep.main([*arguments, "--out", str(tmp_path / "rows.csv")])
+    assert ended.value.code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def good_rows() -> list[Row]:
+    return [replace(sweep.blank(TINY, "nn_lstm", "forward", "ms"), value="1.5")]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda text: text[:-20], "truncated"),
+        (lambda text: text[:-20] + "\n", "of 26 cells"),
+        (lambda text: "a,b\n1,2\n", "not a table of measurements"),
+        (lambda text: "", "not a table of measurements"),
+        (lambda text: text.replace("1.5", "fast"), "could not convert"),
+        (lambda text: text.replace("1.5", "nan"), "either a value or an error"),
+        (lambda text: text.replace("1.5", ""), "either a value or an error"),
+    ],
+)
+def test_spoilt_rows_are_refused_and_left_alone(spoil, complaint: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, good_rows())
+    assert read_rows(path) == good_rows()
+    spoilt = spoil(path.read_text())
+    path.write_text(spoilt)
+    with pytest.raises(RowsError, match=complaint):
+        read_rows(path)
+    for command in (lambda: sweep.main([*SWEEP, str(path), "--resume"]), lambda: plot.main(["--rows", str(path)])):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert complaint in error
+        assert error.count("\n") == 1
+    assert path.read_text() == spoilt
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("mine\n")
+    assert sweep.main([*SWEEP, str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert path.read_text() == "mine\n"
+    for command in (lambda out: sweep.main([*SWEEP, out]), lambda out: floor.main(["--out", out])):
+        assert command(str(path / "below" / "rows.csv")) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert plot.main(["--rows", str(tmp_path / "none.csv")]) == 2
+
+
+def test_ceilings_alone(tmp_path: Path) -> None:
+    out = tmp_path / "floor.csv"
+    assert floor.main(["--out", str(out)]) == 0
+    assert [row.metric for row in read_rows(out)] == ["GB/s", "TFLOP/s"]
+    assert plot.main(["--rows", str(out)]) == 2, "ceilings alone draw nothing"
+
+
+def invented_rows() -> list[Row]:
+    """Rows as a GPU would give them: every region and provider, a loss, an error. No measurement."""
+    found = [
+        replace(good_rows()[0], provider="ceiling", label=label, dtype=dtype, mode="", metric=metric, value="100")
+        for label, dtype, metric in (("copy", "", "GB/s"), ("product 8192", "bfloat16", "TFLOP/s"))
+    ]
+    names = ("small", "home", "open", "users", "scaling", "scratch")
+    for index, shape in enumerate(shape for name in names for shape in SETS[name]):
+        for step, provider in enumerate(figures.STYLES):
+            for mode, metric in (("forward", "ms"), ("train", "ms"), ("memory", "peak_mib")):
+                row = sweep.blank(shape, provider, mode, metric)
+                if (index + step) % 11 == 5:
+                    found.append(replace(row, error="out of memory"))
+                else:
+                    value = f"{1 + (index * 7 + step * 3) % 10:g}"
+                    found.append(replace(row, value=value, p20=value, p80=value, floor="0.5"))
+    return [replace(row, device="a GPU that is none", torch="0", triton="0", date="never") for row in found]
+
+
+def test_every_figure_can_be_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, invented_rows())
+    assert plot.main(["--rows", str(path), "--out", str(tmp_path / "out")]) == 0
+    drawn = {file.stem for file in (tmp_path / "out").glob("*.png")}
+    assert drawn == set(figures.figures(invented_rows()))
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| home | lstm_triton | training step |" in text
+
+
+def test_the_summary_counts_losses_and_errors() -> None:
+    shapes = [square("home", h, 8, 256, "float16") for h in (256, 512, 768)]
+    found = []
+    for shape, ms in zip(shapes, ("1", "4", "")):
+        found.append(replace(sweep.blank(shape, "nn_lstm", "train", "ms"), value="2", floor="0.5"))
+        row = sweep.blank(shape, "ours", "train", "ms")
+        found.append(replace(row, value=ms, floor="0.5") if ms else replace(row, error="wrong output"))
+    line = plot.summary(found).splitlines()[-1]
+    # 2 / 1 and 2 / 4: the mean is 1, one loss, one error; the floor's share is sqrt(0.5 * 0.125).
+    assert line == "| home | lstm_triton | training step | 2 | 1.00 | 0.50 | 2.00 | 1 | 0.25 | 1 |"
+
+
+def test_recorded_figures_are_redrawn_from_recorded_rows(tmp_path: Path) -> None:
+    """Every committed figure and summary comes from the rows committed next to it."""
+    folders = [folder for folder in sorted((PERF / "results").iterdir()) if folder.is_dir()]
+    assert folders
+    for folder in folders:
+        found = [row for file in sorted(folder.glob("*.csv")) for row in read_rows(file)]
+        plot.draw(found, tmp_path / folder.name)
+        committed = {path.name for path in folder.iterdir() if path.suffix in (".png", ".md")}
+        assert {path.name for path in (tmp_path / folder.name).iterdir()} == committed
+        assert (tmp_path / folder.name / "summary.md").read_text() == (folder / "summary.md").read_text()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-@pytest.mark.parametrize("script", ["floor.py", "first_table.py", "soak.py"])
-def test_without_a_gpu_they_say_so(script: str, tmp_path: Path) -> None:
-    out = [] if script == "soak.py" else ["--out", str(tmp_path / "rows.csv")]
-    done = subprocess.run([sys.executable, str(PERF / script), *out], capture_output=True, text=True)
+def test_without_a_gpu_the_soak_says_so() -> None:
+    done = subprocess.run([sys.executable, str(PERF / "soak.py")], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "this script measures on a CUDA device, and there is none"
-    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["tests"], ["nonsense", "out"]])
+def test_the_stages_refuse_wrong_arguments(arguments: list[str], tmp_path: Path) -> None:
+    script = str(PERF / "on_gpu.sh")
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr or "no stage nonsense" in done.stderr
+
+
+def test_a_stage_runs_with_nothing_installed(tmp_path: Path) -> None:
+    """The floor and a sweep from a package laid out by the script itself, on this machine's CPU."""
+    text = (PERF / "on_gpu.sh").read_text().replace('--set "$stage"', "--set tiny --mode forward --repeat 1")
+    copy = ROOT / "perf" / ".on_gpu_test.sh"
+    copy.write_text(text)
+    try:
+        environment = {**os.environ, "PYTHON": sys.executable, "LSTM_TRITON_COMMIT": "abc"}
+        environment.pop("TRITON_INTERPRET", None)
+        command = ["bash", str(copy), "home", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    finally:
+        copy.unlink()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row.commit for row in read_rows(tmp_path / "out" / "home.csv")} == {"abc"}
+
+
+def test_cold_start_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from measure import cold_ms
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cold_ms(TINY, "ours", CPU) > 100, "importing torch alone takes longer"
+    with pytest.raises(RuntimeError, match="Unsupported: needs a CUDA device"):
+        cold_ms(TINY, "ours_kernels", CPU)
+
+
+def test_shapes_are_of_the_region_they_stand_in() -> None:
+    """By what PyTorch asks cuDNN for in training on an H100."""
+    from lstm_triton.cudnn import Call, algorithm
+    from lstm_triton.device import KNOWN
+
+    def of(shape: Shape) -> str:
+        sizes = (shape.input_size, shape.hidden_size, shape.batch, shape.layers, shape.directions, shape.torch_dtype)
+        return algorithm(Call(*sizes), KNOWN["sm_90"], "forward").name
+
+    for name, wanted in (("small", "persistent-small"), ("home", "persistent"), ("open", "standard")):
+        assert {of(shape) for shape in SETS[name]} == {wanted}
+    assert rows_module.COLUMNS[-1] == "date"

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What to run on a GPU: perf/on_gpu.sh STAGE FOLDER. Every stage ends within 8 minutes; its rows and logs
+# go to FOLDER. In this order half an hour settles the most:
+#   tests      the gpu tests, then the ceilings
+#   open       sweep of the region "open" (and so on: home, small, users, scaling)
+#   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
+#              cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
+#   peers      the loops of tutorials, and flashrnn and torchrl where installed
+#   soak       10,000 launches on two streams
+#   sanitizer  compute-sanitizer's memcheck and racecheck on gpu tests of single launches
+# Needs only python3 with torch, triton, pytest, hypothesis, matplotlib and tqdm: the package is laid out in a
+# temporary folder, nothing is installed. LSTM_TRITON_COMMIT names the commit where there is no git.
+set -euo pipefail
+[ $# -eq 2 ] || { echo "usage: perf/on_gpu.sh STAGE FOLDER" >&2; exit 2; }
+stage=$1
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
+cd "$(dirname "$0")/.."
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+cp -r lstm_triton "$site/" && cp -r kernels "$site/lstm_triton/kernels"
+export PYTHONPATH="$site" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out"
+python=${PYTHON:-python3}
+limited() { timeout --signal INT --kill-after 20 "$@"; }  # an interrupted sweep keeps its rows
+gpu_tests() { "$@" "$python" -P -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py ${select:+-k "$select"}; }
+sweep() { limited 460 "$python" perf/sweep.py --out "$out/$stage.csv" --resume "$@" 2>&1 | tee "$out/$stage.txt"; }
+status=0
+case $stage in
+  tests)
+    gpu_tests limited 380 2>&1 | tee "$out/tests.txt" || status=$?
+    limited 80 "$python" perf/floor.py --out "$out/floor.csv" 2>&1 | tee "$out/floor.txt" || status=$?
+    ;;
+  small | home | open | users) sweep --set "$stage" || status=$? ;;
+  scaling) sweep --set scaling --provider nn_lstm ours_kernels per_step --mode forward train memory || status=$? ;;
+  peers)
+    sweep --set scratch home --mode forward train --provider nn_lstm nn_lstm_autocast ours ours_autocast separate_gates \
+      separate_gates_compiled combined_gates combined_gates_compiled per_step flashrnn torchrl || status=$?
+    ;;
+  tune) limited 470 "$python" -m lstm_triton tune --budget 400 2>&1 | tee "$out/tune.txt" || status=$? ;;
+  soak) limited 300 "$python" perf/soak.py --launches 10000 2>&1 | tee "$out/soak.txt" || status=$? ;;
+  sanitizer)
+    select=small
+    for tool in memcheck racecheck; do
+      gpu_tests limited 220 compute-sanitizer --tool "$tool" --error-exitcode 1 2>&1 | tee "$out/$tool.txt" || status=$?
+    done
+    ;;
+  *) echo "no stage $stage" >&2; exit 2 ;;
+esac
+exit $status
