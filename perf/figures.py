@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import matplotlib
@@ -55,6 +56,11 @@ def speedups(rows: Rows, provider: str, mode: str) -> dict[tuple[str, ...], floa
     """nn.LSTM's time over the provider's, by shape, where both were measured."""
     theirs = time_of(rows, BASELINE, mode)
     return {shape: theirs[shape] / ms for shape, ms in time_of(rows, provider, mode).items() if shape in theirs}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
 
 
 def providers_in(rows: Rows) -> list[str]:
@@ -262,6 +268,27 @@ def memory(rows: Rows) -> Figure | None:
     return titled(figure, rows, f"{what}, beyond input and weights")
 
 
+def latency(rows: Rows) -> Figure | None:
+    """What a user waits for: one step of a rollout, and the first training step of a process."""
+    panels = [("step", 1e3, "microseconds, T = 1, until the result is there"),
+              ("cold", 1e-3, "seconds from the start of a process to the first gradient")]  # fmt: skip
+    found = {mode: [row for row in rows if row.mode == mode and row.value] for mode, _, _ in panels}
+    if not all(found.values()):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, (mode, scale, label) in zip(axes, panels):
+        providers = providers_in(found[mode])
+        for y, provider in enumerate(providers):
+            values = [float(row.value) * scale for row in found[mode] if row.provider == provider]
+            axis.plot(values, [y] * len(values), "o", alpha=0.5, color=style(provider)[1])
+            axis.plot([geometric_mean(values)], [y], "|", markersize=16, color="black")
+        axis.set_yticks(range(len(providers)), [style(provider)[0] for provider in providers], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel=label)
+        axis.grid(axis="x", alpha=0.3)
+    return titled(figure, rows, "latency: a dot for each shape, a bar for the geometric mean")
+
+
 def roofline(rows: Rows) -> Figure | None:
     """Training steps: operations per byte that must move, against operations per second."""
     ceilings = {(row.label.split()[0], row.dtype): float(row.value) for row in rows if row.provider == "ceiling"}
@@ -312,4 +339,5 @@ def figures(rows: Rows) -> dict[str, Callable[[], Figure | None]]:
     for region in SCALES:
         found[region.replace(" ", "_")] = lambda r=region: scaling(rows, r)
     found |= {"loops": lambda: scratch_bars(rows), "gates": lambda: gates_bars(rows)}
-    return found | {"memory": lambda: memory(rows), "roofline": lambda: roofline(rows)}
+    found |= {"memory": lambda: memory(rows), "latency": lambda: latency(rows)}
+    return found | {"roofline": lambda: roofline(rows)}

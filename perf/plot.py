@@ -10,21 +10,14 @@ floor, the LSTMs of tutorials next to nn.LSTM, memory, and the roofline. Needs n
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from figures import BASELINE, PASS, Rows, figures, providers_in, speedups, style
+from figures import BASELINE, PASS, Rows, figures, geometric_mean, providers_in, speedups, style
 from rows import RowsError, read_rows
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
 
 
 def summary(rows: Rows) -> str:

@@ -37,15 +37,16 @@ from lstm_triton.routing import plan_for
 from lstm_triton.tuning.clock import Times
 
 MODES = ("forward", "train", "step", "memory", "cold")
+FIRST = {shapes[0] for shapes in SETS.values()}
 METRIC = {"forward": "ms", "train": "ms", "step": "ms", "memory": "", "cold": "ms"}
 DEFAULTS = {  # what fits the machine: sets, providers, modes
     "cuda": (
         ["small", "home", "open", "users"],
         ["nn_lstm", "ours", "ours_kernels"],
-        ["forward", "train", "step", "memory"],
+        list(MODES),
     ),
     "cpu": (["scratch", "cpu"], [name for name in PROVIDERS if name != "ours_kernels" and "autocast" not in name],
-            ["forward", "train", "memory"]),
+            list(MODES)),
 }  # fmt: skip
 
 
@@ -54,10 +55,15 @@ def blank(shape: Shape, provider: str, mode: str, metric: str) -> Row:
     return Row(shape.region, shape.label, *map(str, sizes), shape.dtype, provider, mode, metric, "")
 
 
+def modes_of(shape: Shape, modes: list[str]) -> list[str]:
+    """A cold start hardly depends on the shape and takes seconds: only the first shape of a set has one."""
+    return [mode for mode in modes if mode != "cold" or shape in FIRST]
+
+
 def expected(shape: Shape, provider: str, modes: list[str], device: torch.device) -> list[Row]:
     """The rows that will be there when the shape and the provider are done, without values."""
     rows = []
-    for mode in modes:
+    for mode in modes_of(shape, modes):
         metrics = [METRIC[mode]] if METRIC[mode] else ["saved_mib", *["peak_mib"] * (device.type == "cuda")]
         rows += [blank(shape, provider, mode, metric) for metric in metrics]
     return rows
@@ -87,11 +93,11 @@ def rows_for(
             raise Unsupported(truth)
         config = configs_of(shape, provider, device)
         measured: dict[tuple[str, str], Times] = {}
-        timed = [mode for mode in modes if mode != "cold"]
+        timed = [mode for mode in modes_of(shape, modes) if mode != "cold"]
         measurement = Measurement(truth, provider, repeat)
         for mode in timed:
             measured |= {(mode, metric): times for metric, times in measurement.metrics(mode)}
-        if "cold" in modes:
+        if "cold" in modes_of(shape, modes):
             measured["cold", "ms"] = once(cold_ms(shape, provider, device))
     except Exception as error:  # whatever a provider raises is its result
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -198,10 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings, found = measure_ceilings(device, sorted({shape.dtype for shape, _ in work}))
     rows += rows_of(found, where)
     write_rows(options.out, rows)
-    if device.type == "cuda" and any(name.startswith("ours") for name in options.provider):
-        compile_ahead([shape for shape, _ in work], device_of(device), options.workers)
     bar = tqdm(total=sum(len(providers) for _, providers in work), unit="provider", disable=None)
     try:
+        if device.type == "cuda" and any(name.startswith("ours") for name in options.provider):
+            compile_ahead([shape for shape, _ in work], device_of(device), options.workers)
         for shape, providers in work:
             tqdm.write(str(shape))
             truth = _truth(shape, device)

@@ -238,7 +238,13 @@ def invented_rows() -> list[Row]:
     names = ("small", "home", "open", "users", "scaling", "scratch")
     for index, shape in enumerate(shape for name in names for shape in SETS[name]):
         for step, provider in enumerate(figures.STYLES):
-            for mode, metric in (("forward", "ms"), ("train", "ms"), ("memory", "peak_mib")):
+            for mode, metric in (
+                ("forward", "ms"),
+                ("train", "ms"),
+                ("step", "ms"),
+                ("cold", "ms"),
+                ("memory", "peak_mib"),
+            ):
                 row = sweep.blank(shape, provider, mode, metric)
                 if (index + step) % 11 == 5:
                     found.append(replace(row, error="out of memory"))
