@@ -20,7 +20,7 @@ import triton.language as tl
 from .cell import lstm_backward_step
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
-from .launch import Launcher, compute_dtype, run
+from .launch import Launcher, Recurrence, compute_dtype, run
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
 from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, time_of
 
@@ -224,5 +224,6 @@ def lstm_backward(
         "lengths": lengths,
         "reset": None if reset is None else reset.view(torch.uint8),
     }
-    launch(lstm_backward_kernel, config, layout, hidden_size, directions, precision, dgates, True, arguments)
+    recurrence = Recurrence(config, layout, hidden_size, directions, precision, dgates, backward=True)
+    launch(lstm_backward_kernel, recurrence, arguments)
     return dgates, dc_0, dc_reset

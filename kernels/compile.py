@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from .backward import lstm_backward
 from .config import Config, Layout
 from .forward import lstm_forward
-from .launch import calls
+from .launch import Recurrence
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,14 @@ def compile_pass(
     lengths: bool = False,
     reset: bool = False,
     state: bool = True,
-) -> Report:
-    """Compile one pass ("forward" or "backward") of a layer; state: with h_0, c_0 and gradients of h_n, c_n."""
-    layout = Layout(batch=config.block_b, seq_len=2, batch_first=False)
-    features = (save, lengths, reset, state)
-    binary = compile_call(which, config, arch, layout, hidden_size, dtype, precision, directions, *features)
-    return _nvidia_report(binary) if arch.startswith("sm_") else _amd_report(binary)
-
-
-def compile_call(
-    which: str,
-    config: Config,
-    arch: str,
-    layout: Layout,
-    hidden_size: int,
-    dtype: torch.dtype,
-    precision: str = "tf32",
-    directions: int = 1,
-    save: bool = True,
-    lengths: bool = False,
-    reset: bool = False,
-    state: bool = True,
+    layout: Layout | None = None,
 ) -> Any:
-    """Triton's binary of the first launch of a call with these sizes."""
+    """Triton's binary of one pass ("forward" or "backward") of a layer.
+
+    lengths, reset, state: whether these optional inputs are given, the last with the gradients of
+    h_n and c_n. layout: of the call whose first launch is compiled; by default any.
+    """
+    layout = layout or Layout(batch=config.block_b, seq_len=2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
     gates = torch.empty((layout.rows, directions, 4 * hidden_size), **meta)
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
@@ -120,9 +105,8 @@ def compile_call(
     marks = torch.empty((layout.rows,), dtype=torch.bool, device="meta") if reset else None
     binaries: list[Any] = []
 
-    def launch(kernel, config, layout, hidden_size, directions, precision, exchanged, backward, arguments) -> None:
-        nvidia = arch.startswith("sm_")
-        grid, shared = next(calls(config, layout, hidden_size, directions, precision, exchanged, backward, nvidia))
+    def launch(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
+        grid, shared = next(recurrence.calls(nvidia=arch.startswith("sm_")))
         binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
     options = (row_lengths, marks, None, launch)
@@ -134,6 +118,11 @@ def compile_call(
             tensors = (sequence, given, given, gates, sequence, w_hh, given)
             lstm_backward(*tensors, layout, config, precision, *options)
     return binaries[0]
+
+
+def report_of(binary: Any) -> Report:
+    """What the compiler made of it."""
+    return _nvidia_report(binary) if "cubin" in binary.asm else _amd_report(binary)
 
 
 def _nvidia_report(binary: Any) -> Report:

@@ -18,7 +18,7 @@ import triton.language as tl
 from .cell import lstm_forward_step
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
-from .launch import Launcher, compute_dtype, run
+from .launch import Launcher, Recurrence, compute_dtype, run
 from .product import multiply, recurrent_product, resident_weights, zero_product
 from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, split_gates, time_of
 
@@ -204,5 +204,6 @@ def lstm_forward(
         "reset": None if reset is None else reset.view(torch.uint8),
         "SAVE": save,
     }
-    launch(lstm_forward_kernel, config, layout, hidden_size, directions, precision, out, False, arguments)
+    recurrence = Recurrence(config, layout, hidden_size, directions, precision, out, backward=False)
+    launch(lstm_forward_kernel, recurrence, arguments)
     return out, h_n, c_n, cells

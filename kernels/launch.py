@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,54 +70,48 @@ def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
     return options
 
 
-def calls(
-    config: Config,
-    layout: Layout,
-    hidden_size: int,
-    directions: int,
-    precision: str,
-    exchanged: torch.Tensor,
-    backward: bool,
-    nvidia: bool,
-) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
-    """(grid, arguments that both recurrences share, with Triton's options) of every launch, in order.
+@dataclass(frozen=True)
+class Recurrence:
+    """One pass to be launched; `exchanged` is the buffer that programs hand each other."""
 
-    Resets the exchange: flags are made anew, and mailboxes are filled with EMPTY.
-    """
-    hidden_tiles = triton.cdiv(hidden_size, config.block_h)
-    flags = None
-    if config.protocol == "flags":
-        batch_tiles = triton.cdiv(layout.batch, config.block_b)
-        flags = exchanged.new_zeros((directions, batch_tiles, hidden_tiles), dtype=torch.int32)
-    elif config.protocol == "mailbox":
-        exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
-    shared = constants(config, hidden_size, directions, precision, exchanged.dtype) | compile_options(config, nvidia)
-    shared |= {
-        "flags": flags,
-        "batch": layout.batch,
-        "seq_len": layout.seq_len,
-        "row_stride_t": layout.stride_t,
-        "row_stride_b": layout.stride_b,
-    }
-    for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
-        position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
-        yield (hidden_tiles, tiles, directions), shared | position
+    config: Config
+    layout: Layout
+    hidden_size: int
+    directions: int
+    precision: str
+    exchanged: torch.Tensor
+    backward: bool
+
+    def calls(self, nvidia: bool) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
+        """(grid, arguments that both recurrences share, with Triton's options) of every launch, in order.
+
+        Resets the exchange: flags are made anew, and mailboxes are filled with EMPTY.
+        """
+        config, layout, exchanged = self.config, self.layout, self.exchanged
+        hidden_tiles = triton.cdiv(self.hidden_size, config.block_h)
+        flags = None
+        if config.protocol == "flags":
+            batch_tiles = triton.cdiv(layout.batch, config.block_b)
+            flags = exchanged.new_zeros((self.directions, batch_tiles, hidden_tiles), dtype=torch.int32)
+        elif config.protocol == "mailbox":
+            exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
+        shared = constants(config, self.hidden_size, self.directions, self.precision, exchanged.dtype)
+        shared |= compile_options(config, nvidia) | {
+            "flags": flags,
+            "batch": layout.batch,
+            "seq_len": layout.seq_len,
+            "row_stride_t": layout.stride_t,
+            "row_stride_b": layout.stride_b,
+        }
+        for first_tile, tiles, step_begin, step_end in launches(config, layout, self.backward):
+            position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
+            yield (hidden_tiles, tiles, self.directions), shared | position
 
 
-def run(
-    kernel: Any,
-    config: Config,
-    layout: Layout,
-    hidden_size: int,
-    directions: int,
-    precision: str,
-    exchanged: torch.Tensor,
-    backward: bool,
-    arguments: dict[str, Any],
-) -> None:
-    """Run one pass of the recurrence; `exchanged` is the buffer that programs hand each other."""
-    nvidia = torch.version.hip is None
+def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
+    """Launch a pass on the device of its tensors; `arguments` are the kernel's own."""
+    exchanged = recurrence.exchanged
     device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
     with device:
-        for grid, shared in calls(config, layout, hidden_size, directions, precision, exchanged, backward, nvidia):
+        for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):
             kernel[grid](**arguments, **shared)

@@ -14,7 +14,7 @@ from .kernels.config import Config
 from .module import LSTM, LSTMCell
 from .planner import NoPlan
 from .problem import PASSES, Problem
-from .routing import compute_dtype, kernel_device, plan_for, refusal_on, resolve_precision, slower_on
+from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, resolve_precision, slower_on
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def explain_call(
     call: Call, device: Device | NoPlan, backend: str = "auto", precision: str = "tf32", seq_len: int = 100
 ) -> Explanation:
     """The same for sizes and a GPU that need not be here; as a training step."""
-    sizes = (call.hidden_size, call.directions, call.proj_size)
-    reason = refusal_on(backend, device, call.dtype, precision, *sizes)
+    request = Request(backend, call.dtype, precision, call.hidden_size, call.directions, call.proj_size)
+    reason = refusal_on(device, request)
     if not reason and backend == "auto" and isinstance(device, Device):
         reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)
     return _explanation(call, precision, device, reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -27,6 +28,17 @@ from .tuning.table import Bout, Table
 
 BACKENDS = ("auto", "triton", "torch")
 logger = logging.getLogger("lstm_triton")
+
+
+class Request(NamedTuple):
+    """What of a call the possibility of the kernels depends on."""
+
+    backend: str
+    dtype: str
+    precision: str
+    hidden_size: int
+    directions: int
+    proj_size: int
 
 
 def kernel_device(device: torch.device) -> Device | NoPlan:
@@ -81,7 +93,8 @@ def kernel_refusal(
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
-    reason = _refusal(backend, device, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
+    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
+    reason = _refusal(device, request)
     reason = reason or _transform()
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
@@ -105,38 +118,28 @@ def _transform() -> str:
 
 
 @lru_cache(maxsize=4096)
-def _refusal(
-    backend: str, device: torch.device, dtype: str, precision: str, hidden_size: int, directions: int, proj_size: int
-) -> str:
-    if backend == "auto" and proj_size == 0 and device.type == "cpu":
+def _refusal(device: torch.device, request: Request) -> str:
+    if request.backend == "auto" and request.proj_size == 0 and device.type == "cpu":
         return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
-    target = kernel_device(device)
-    return refusal_on(backend, target, dtype, precision, hidden_size, directions, proj_size)
+    return refusal_on(kernel_device(device), request)
 
 
-def refusal_on(
-    backend: str,
-    target: Device | NoPlan,
-    dtype: str,
-    precision: str,
-    hidden_size: int,
-    directions: int,
-    proj_size: int,
-) -> str:
+def refusal_on(target: Device | NoPlan, request: Request) -> str:
     """`kernel_refusal` for a GPU that need not be here."""
-    if backend == "torch":
+    if request.backend == "torch":
         return 'backend="torch" asks for it'
-    if proj_size > 0:
+    if request.proj_size > 0:
         return "projections (proj_size) are not in the kernels: h_t would cross between programs twice a step"
-    none = target if isinstance(target, NoPlan) else refusal(target, dtype, precision)
+    none = target if isinstance(target, NoPlan) else refusal(target, request.dtype, request.precision)
     if none is not None:
         return none.reason
     assert isinstance(target, Device)
     for which in PASSES:
-        chosen = plan_for(Problem(which, hidden_size, 16, directions, dtype, precision), target)
+        problem = Problem(which, request.hidden_size, 16, request.directions, request.dtype, request.precision)
+        chosen = plan_for(problem, target)
         if isinstance(chosen, NoPlan):
             return chosen.reason
-        if backend == "auto" and chosen.config.placement == "stepwise":
+        if request.backend == "auto" and chosen.config.placement == "stepwise":
             return (
                 f"the {which} pass would need one launch a step on {target.name}, which PyTorch's own LSTM does better"
             )

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
-from lstm_triton.kernels.compile import Report, compile_pass
+from lstm_triton.kernels.compile import Report, compile_pass, report_of
 from lstm_triton.kernels.config import Config
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ def compile_job(job: Job) -> Row:
     problem = job.problem
     dtype = getattr(torch, problem.dtype)
     try:
-        report = compile_pass(
+        binary = compile_pass(
             problem.which,
             job.config,
             job.device.arch,
@@ -111,6 +111,7 @@ def compile_job(job: Job) -> Row:
             problem.precision,
             problem.directions,
         )
+        report = report_of(binary)
     except Exception as error:  # a compiler failure is a finding: it becomes a row, and fails the run
         return Row(job, None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
     return Row(job, report)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 from lstm_triton.kernels.backward import lstm_backward_kernel
-from lstm_triton.kernels.compile import compile_call, compile_pass
+from lstm_triton.kernels.compile import compile_pass, report_of
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 
@@ -64,7 +64,7 @@ def test_matrix_instructions(rows: list[dict]) -> None:
 def test_hidden_size_1024_is_resident_on_hopper(which: str) -> None:
     """bf16, batch tile 16: the slice of W_hh lies in shared memory, and nothing spills."""
     config = plan(Problem(which, 1024, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
-    report = compile_pass(which, config, "sm_90", 1024, torch.bfloat16)
+    report = report_of(compile_pass(which, config, "sm_90", 1024, torch.bfloat16))
     assert config.resident
     assert config.block_b == 16
     assert report.spills == 0
@@ -95,7 +95,7 @@ def grid(protocol: str, which: str) -> Config:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("which", PASSES)
 def test_flags_are_raised_after_a_barrier_and_seen_by_an_acquire(arch: str, which: str) -> None:
-    ptx = compile_pass(which, grid("flags", which), arch, 256, torch.bfloat16).asm
+    ptx = compile_pass(which, grid("flags", which), arch, 256, torch.bfloat16).asm["ptx"]
     lines = ptx.splitlines()
     release = [i for i, line in enumerate(lines) if "atom" in line and ".release." in line]
     assert len(release) == 1
@@ -112,7 +112,7 @@ def test_flags_are_raised_after_a_barrier_and_seen_by_an_acquire(arch: str, whic
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize("which", PASSES)
 def test_mailboxes_are_read_by_wide_volatile_loads_only(arch: str, which: str) -> None:
-    ptx = compile_pass(which, grid("mailbox", which), arch, 256, torch.bfloat16).asm
+    ptx = compile_pass(which, grid("mailbox", which), arch, 256, torch.bfloat16).asm["ptx"]
     loads = re.findall(r"ld\.volatile\.global[.\w]*", ptx)
     assert set(loads) == {"ld.volatile.global.v4.b32"}
     assert "atom" not in ptx
@@ -167,7 +167,8 @@ def test_no_batch_or_length_compiles_anew(which: str, hidden_size: int, monkeypa
     def call(batch: int, seq_len: int, batch_first: bool) -> None:
         config = plan(Problem(which, hidden_size, batch, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
         configs.add(config)
-        compile_call(which, config, "sm_90", Layout(batch, seq_len, batch_first), hidden_size, torch.bfloat16)
+        layout = Layout(batch, seq_len, batch_first)
+        compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, layout=layout)
 
     for bucket in range(4, 13):
         call(2**bucket, 16, False)

@@ -167,8 +167,12 @@ def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPat
             for name in {"collect", "publishable"} & vars(user).keys():
                 monkeypatch.setattr(user, name, getattr(planted, name))
     elif module == "launch":
-        run_forward = partial(run_forward, launch=planted.run)
-        run_backward = partial(run_backward, launch=planted.run)
+
+        def launch(kernel, recurrence, arguments) -> None:
+            planted.run(kernel, planted.Recurrence(**vars(recurrence)), arguments)
+
+        run_forward = partial(run_forward, launch=launch)
+        run_backward = partial(run_backward, launch=launch)
     else:
         run_forward = getattr(planted, "lstm_forward", run_forward)
         run_backward = getattr(planted, "lstm_backward", run_backward)

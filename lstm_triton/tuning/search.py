@@ -20,7 +20,7 @@ from .. import ops, reference
 from ..cost import microseconds_per_step
 from ..device import Device
 from ..kernels.backward import lstm_backward
-from ..kernels.compile import compile_pass
+from ..kernels.compile import compile_pass, report_of
 from ..kernels.config import Config, Layout
 from ..kernels.forward import lstm_forward
 from ..planner import NoPlan, admissible, plan
@@ -30,7 +30,7 @@ from .table import Entry
 
 SCRATCH_BYTES = 1 << 28  # of the gates: bounds the steps of a timed launch
 FEWEST_STEPS, MOST_STEPS = 32, 512
-CHECKED_STEPS = 4
+CHECKED_STEPS, CHECKED_INPUTS = 4, 16
 REPEAT = 10
 logger = logging.getLogger("lstm_triton")
 
@@ -103,7 +103,7 @@ def _compiled(
 def _complaint(config: Config, problem: Problem, device: Device) -> str:
     """Compile a config as it will be launched, which also fills Triton's cache on disk."""
     try:
-        report = compile_pass(
+        binary = compile_pass(
             problem.which,
             config,
             device.arch,
@@ -111,8 +111,8 @@ def _complaint(config: Config, problem: Problem, device: Device) -> str:
             getattr(torch, problem.dtype),
             problem.precision,
             problem.directions,
-            state=False,  # as `Scratch` calls it, so that the timed launch finds the binary
         )
+        report = report_of(binary)
     except Exception as error:  # whatever the compiler raises is the finding
         return _first_line(error)
     if report.spills:
@@ -135,7 +135,10 @@ def _measure(scratch: Scratch, config: Config) -> float | str:
 
 
 class Scratch:
-    """Random tensors of a problem, on which its configs are checked and timed; no user's tensor is touched."""
+    """Random tensors of a problem, on which its configs are checked and timed; no user's tensor is touched.
+
+    Both run the binary that is compiled ahead: with an initial state, and with what backward reads.
+    """
 
     def __init__(self, problem: Problem, device: Device, where: torch.device) -> None:
         self.problem, self.where, self.dtype = problem, where, getattr(torch, problem.dtype)
@@ -152,14 +155,14 @@ class Scratch:
 
         hidden, directions = problem.hidden_size, problem.directions
         self.w_hh = (draw(directions, 4 * hidden, hidden) * hidden**-0.5).to(self.dtype)
-        self.w_ih = (draw(directions, 4 * hidden, 16) * 0.25).to(self.dtype)
-        self.x = draw(CHECKED_STEPS, problem.batch, 16).to(self.dtype)
+        self.w_ih = (draw(directions, 4 * hidden, CHECKED_INPUTS) * CHECKED_INPUTS**-0.5).to(self.dtype)
+        self.x = draw(CHECKED_STEPS, problem.batch, CHECKED_INPUTS).to(self.dtype)
+        self.h, self.c = (draw(directions, problem.batch, hidden).to(self.dtype) for _ in range(2))
         self.projected = draw(self.layout.rows, directions, 4 * hidden).to(self.dtype)
         self.gates = torch.empty_like(self.projected)
         self.cells, self.dout = (draw(self.layout.rows, directions, hidden).to(self.dtype) for _ in range(2))
-        truth, own = self._by_reference(torch.float64), self._by_reference(self.dtype)
-        self.truth = truth
-        self.own_error = [_rms(a.double() - b) for a, b in zip(own, truth)]
+        self.truth, own = self._by_reference(torch.float64), self._by_reference(self.dtype)
+        self.own_error = [_rms(a.double() - b) for a, b in zip(own, self.truth)]
 
     def complaint(self, config: Config) -> str:
         """How a config's results are further from fp64 than twice PyTorch's own, by the rms; "" if they are not."""
@@ -174,22 +177,23 @@ class Scratch:
         if problem.which == "forward":
 
             def call() -> None:
-                lstm_forward(self.gates, self.w_hh, None, layout, config, problem.precision, True)
+                state = (self.h, self.c)
+                lstm_forward(self.gates, self.w_hh, state, layout, config, problem.precision, True)
 
             times = times_of(call, self.where, REPEAT, lambda: self.gates.copy_(self.projected), ahead=True)
         else:
             self.gates.copy_(self.projected.sigmoid())
 
             def call() -> None:
-                given = (self.dout, None, None, self.gates, self.cells, self.w_hh, None)
+                given = (self.dout, self.h, self.c, self.gates, self.cells, self.w_hh, self.c)
                 lstm_backward(*given, layout, config, problem.precision)
 
             times = times_of(call, self.where, REPEAT, ahead=True)
         return times.median * 1e3 / layout.seq_len
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
-        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
-            return reference.layer_forward(x, w_ih, w_hh)[0]
+        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+            return reference.layer_forward(x, w_ih, w_hh, None, (h, c))[:3]
 
         with ops.matmul_precision(self.x.to(dtype), self.problem.precision):
             return self._results(run, dtype)
@@ -198,25 +202,25 @@ class Scratch:
         pair = (config, self.helper) if self.problem.which == "forward" else (self.helper, config)
         text = "|".join(one.encode() for one in pair)
 
-        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
-            state = (None,) * 7
-            return torch.ops.lstm_triton.layer(
-                x, w_ih, w_hh, *state, False, self.problem.precision, torch.is_grad_enabled(), text
-            )[0]
+        def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+            options = (None, None, None, None, False, self.problem.precision, True, text)
+            return torch.ops.lstm_triton.layer(x, w_ih, w_hh, None, h, c, *options)[:3]
 
         return self._results(run, self.dtype)
 
-    def _results(self, run: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """The output, and for a backward pass the gradients of x and W_hh."""
-        leaves = [tensor.to(dtype, copy=True) for tensor in (self.x, self.w_ih, self.w_hh)]
+    def _results(self, run: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> list[Tensor]:
+        """out, h_n and c_n, or for a backward pass the gradients of x, W_hh and the initial state."""
+        leaves = [tensor.to(dtype, copy=True) for tensor in (self.x, self.w_ih, self.w_hh, self.h, self.c)]
         if self.problem.which == "forward":
             with torch.no_grad():
-                return [run(*leaves)]
+                return list(run(*leaves))
         with torch.enable_grad():
-            x, _, w_hh = (leaf.requires_grad_() for leaf in leaves)
-            out = run(*leaves)
-            grads = torch.autograd.grad(out, (x, w_hh), self.dout[: out[..., 0].numel()].view_as(out).to(dtype))
-        return [out.detach(), *grads]
+            x, _, w_hh, h, c = (leaf.requires_grad_() for leaf in leaves)
+            results = run(*leaves)
+            out = results[0]
+            cotangents = [self.dout.flatten()[: out.numel()].view_as(out), self.h, self.c]
+            grads = torch.autograd.grad(results, (x, w_hh, h, c), [one.to(dtype) for one in cotangents])
+        return list(grads)
 
 
 def _rms(tensor: Tensor) -> float:
