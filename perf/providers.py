@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peers import FlashRNN, TorchRL, Unsupported
 from shapes import Shape
 from torch import Tensor, nn
 
 from lstm_triton import LSTM
-
-
-class Unsupported(Exception):
-    """Why a provider has no result for a shape; it becomes the row's error."""
 
 
 class Wrapped(nn.Module):
@@ -191,4 +188,4 @@ PROVIDERS: dict[str, Callable[[nn.LSTM, Shape], nn.Module]] = {
         combined_gates_compiled,
         per_step,
     )
-}
+} | {"flashrnn": FlashRNN, "torchrl": TorchRL}

@@ -39,13 +39,14 @@ from lstm_triton.tuning.clock import Times
 MODES = ("forward", "train", "step", "memory", "cold")
 FIRST = {shapes[0] for shapes in SETS.values()}
 METRIC = {"forward": "ms", "train": "ms", "step": "ms", "memory": "", "cold": "ms"}
+GPU_ONLY = ("ours_kernels", "flashrnn", "torchrl")
 DEFAULTS = {  # what fits the machine: sets, providers, modes
     "cuda": (
         ["small", "home", "open", "users"],
         ["nn_lstm", "ours", "ours_kernels"],
         list(MODES),
     ),
-    "cpu": (["scratch", "cpu"], [name for name in PROVIDERS if name != "ours_kernels" and "autocast" not in name],
+    "cpu": (["scratch", "cpu"], [name for name in PROVIDERS if name not in GPU_ONLY and "autocast" not in name],
             list(MODES)),
 }  # fmt: skip
 

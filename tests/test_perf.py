@@ -73,6 +73,8 @@ def test_providers_agree_with_nn_lstm(name: str) -> None:
         ("ours_kernels", "needs a CUDA device"),
         ("ours_autocast", "autocast is for 16-bit types"),
         ("nn_lstm_autocast", "autocast is for 16-bit types"),
+        ("flashrnn", "flashrnn is not installed"),
+        ("torchrl", "torchrl is not installed"),
     ],
 )
 def test_providers_say_why_not(name: str, reason: str) -> None:
