@@ -172,13 +172,16 @@ def scaling(rows: Rows, region: str) -> Figure | None:
         floors = {size_of(row): per_step(row, row.floor) for row in of_mode if row.floor}
         axis.plot(sorted(floors), [floors[x] for x in sorted(floors)], "--", color="black", linewidth=1, label="floor")
         axis.set(xscale="log", yscale="log", xlabel=label)
+        sizes = sorted({size_of(row) for row in of_mode})
+        axis.set_xticks(sizes, sizes, fontsize=8)
+        axis.set_xticks([], minor=True)
         axis.set_ylabel("microseconds a step", fontsize=9)
         axis.set_title(PASS[mode], fontsize=9)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
-    sizes = ", ".join(f"{name}={getattr(of_region[0], key)}" for key, name in
+    others = ", ".join(f"{name}={getattr(of_region[0], key)}" for key, name in
                       (("hidden_size", "H"), ("batch", "B"), ("seq_len", "T")) if key != column)  # fmt: skip
-    return titled(figure, rows, f"time of a step against {label} ({sizes}, {of_region[0].dtype})")
+    return titled(figure, rows, f"time of a step against {label} ({others}, {of_region[0].dtype})")
 
 
 def per_step(row: Row, ms: str) -> float:
