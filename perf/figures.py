@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from rows import Row
 
@@ -102,14 +101,13 @@ def _speedup_map(axis: Axes, rows: Rows, found: dict[tuple[str, ...], float]) ->
     batches = sorted({int(row.batch) for row in rows})
     cells = {(int(shape[3]), int(shape[4])): value for shape, value in found.items()}
     grid = [[cells.get((h, b), float("nan")) for b in batches] for h in hidden]
-    norm = TwoSlopeNorm(1.0, vmin=0.25, vmax=4.0)
     axis.set_facecolor(ERROR)
-    axis.imshow([[min(max(v, 0.25), 4.0) for v in line] for line in grid], cmap="RdBu", norm=norm, aspect="auto")
+    axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             missing = value != value
             text = "no result" if missing else f"{value:.2f}"
-            dark = not missing and (value > 2.2 or value < 0.5)
+            dark = not missing and abs(math.log2(value)) > 1.2
             axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axis.set_xticks(range(len(batches)), batches, fontsize=8)
     axis.set_yticks(range(len(hidden)), hidden, fontsize=8)
@@ -121,9 +119,9 @@ def user_bars(rows: Rows, provider: str) -> Figure | None:
     """The users' shapes, a bar each and mode."""
     of_users = [row for row in rows if row.region == "users"]
     found = {mode: speedups(of_users, provider, mode) for mode in PASS}
-    shapes = [shape for shape in dict.fromkeys(map(shape_of, of_users)) if any(shape in f for f in found.values())]
-    if not shapes or provider == BASELINE:
+    if provider == BASELINE or not any(found.values()):
         return None
+    shapes = list(dict.fromkeys(shape_of(row) for row in of_users if row.provider == provider))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 + 0.32 * len(shapes)), sharey=True, layout="constrained")
     for axis, (mode, values) in zip(axes, found.items()):
         heights = [values.get(shape, 0.0) for shape in shapes]
