@@ -14,8 +14,9 @@ from .device import KNOWN, Device, device_of
 from .explain import explain_call
 from .kernels.config import PRECISIONS
 from .planner import NoPlan
+from .precision import resolve_precision
 from .problem import ELEMENT_SIZE
-from .routing import BACKENDS, kernel_device, resolve_precision
+from .routing import BACKENDS, kernel_device
 from .tuning import tune
 
 

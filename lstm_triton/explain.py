@@ -13,8 +13,9 @@ from .device import Device
 from .kernels.config import Config
 from .module import LSTM, LSTMCell
 from .planner import NoPlan
+from .precision import resolve_precision
 from .problem import PASSES, Problem
-from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, resolve_precision, slower_on
+from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,6 @@ planner's choice, or "forward config|backward config" in the notation of `Config
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -29,8 +25,9 @@ from .kernels.backward import lstm_backward
 from .kernels.config import Config, Layout
 from .kernels.forward import lstm_forward
 from .planner import NoPlan
+from .precision import matmul_precision, resolve_precision
 from .problem import PASSES, Problem
-from .routing import kernel_device, plan_for, resolve_precision
+from .routing import kernel_device, plan_for
 from .settings import AUTOTUNE
 
 
@@ -63,34 +60,6 @@ def choose_config(which: str, override: str, w_hh: Tensor, batch: int, precision
 def layout_of(x: Tensor, batch_first: bool) -> Layout:
     seq_len, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     return Layout(batch, seq_len, batch_first)
-
-
-_MATMUL_PRECISION = threading.Lock()
-
-
-@contextlib.contextmanager
-def matmul_precision(x: Tensor, precision: str) -> Iterator[None]:
-    """Let cuBLAS use TF32 exactly where the recurrence does.
-
-    The setting belongs to the process: it is touched only where it differs, under a lock (backward
-    passes of several GPUs run in threads), and given back as it was, inherited or explicit.
-    """
-    settings, wanted = torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"
-    if x.dtype != torch.float32 or not x.is_cuda:
-        yield
-        return
-    with _MATMUL_PRECISION:
-        saved = settings.fp32_precision
-        if saved == wanted or (saved == "none" and wanted == "ieee"):
-            yield
-            return
-        settings.fp32_precision = wanted
-        try:
-            yield
-        finally:
-            settings.fp32_precision = "none"
-            if settings.fp32_precision != saved:
-                settings.fp32_precision = saved
 
 
 def _ready(tensor: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from .kernels.config import PRECISIONS as PRECISIONS
 from .kernels.forward import lstm_forward_kernel
 from .kernels.launch import is_interpreted
 from .planner import NoPlan, Plan, plan, refusal
+from .precision import resolve_precision
 from .problem import PASSES, Problem, bucket_of
 from .settings import strict
 from .tuning.store import active_table
@@ -55,17 +56,6 @@ def kernel_device(device: torch.device) -> Device | NoPlan:
 def plan_for(problem: Problem, device: Device) -> Plan | NoPlan:
     """The plan for a problem, from the tuned table that is active on the device or the heuristic."""
     return plan(problem, device, active_table(device))
-
-
-def resolve_precision(precision: str) -> str:
-    """The precision of float32 products: as asked, else what nn.LSTM would use on a GPU.
-
-    That is TF32 unless `torch.backends.cudnn.allow_tf32` or its `rnn.fp32_precision` says otherwise.
-    (Not read by that name: importing the module `torch.backends.cudnn.rnn` hides it.)
-    """
-    if precision:
-        return precision
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32" else "ieee"
 
 
 def autocast_is_on(device_type: str) -> bool:

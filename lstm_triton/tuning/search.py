@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
 from ..cost import microseconds_per_step
 from ..device import Device
 from ..kernels.backward import lstm_backward
@@ -24,6 +24,7 @@ from ..kernels.compile import compile_pass, report_of
 from ..kernels.config import Config, Layout
 from ..kernels.forward import lstm_forward
 from ..planner import NoPlan, admissible, plan
+from ..precision import matmul_precision
 from ..problem import PASSES, Bucket, Problem, bucket_of
 from .clock import times_of
 from .table import Entry
@@ -195,7 +196,7 @@ class Scratch:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
             return reference.layer_forward(x, w_ih, w_hh, None, (h, c))[:3]
 
-        with ops.matmul_precision(self.x.to(dtype), self.problem.precision):
+        with matmul_precision(self.x.to(dtype), self.problem.precision):
             return self._results(run, dtype)
 
     def _by_kernels(self, config: Config) -> list[Tensor]:
