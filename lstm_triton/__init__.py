@@ -7,5 +7,6 @@ from . import functional
 from ._version import __version__
 from .explain import explain
 from .module import LSTM, LSTMCell
+from .patching import patch, unpatch
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "functional"]
+__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "functional", "patch", "unpatch"]
