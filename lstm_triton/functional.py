@@ -34,6 +34,7 @@ def lstm(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: State | None = None,
     backend: str = "auto",
     precision: str = "",
     plan: str = "",
@@ -51,6 +52,8 @@ def lstm(
             starts at its true end, and no gradient reaches the padding.
         reset: bool [T, B] (or [B, T]): before step t the state of a marked row becomes zero; with
             two directions the row is cut there into independent sequences.
+        reset_state: h and c that a marked row takes in place of zeros, each [num_layers * D, H] for
+            all rows (learnable: gradients sum over rows and resets) or [num_layers * D, B, H].
         backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
             takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
             for the module only, whose weights can lie as cuDNN wants them.
@@ -69,8 +72,9 @@ def lstm(
     if precision:
         check_choice("precision", precision, PRECISIONS)
     directions = 2 if bidirectional else 1
-    input, hx, weights = _autocast(input, hx, weights)
+    input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
     _check(input, hx, weights, num_layers * directions, directions, bias, batch_first, lengths, reset)
+    reset_state = _reset_state(reset_state, reset, input, num_layers * directions, weights[1].shape[1], batch_first)
     hidden_size = weights[1].shape[1]
     refusal = kernel_refusal(
         backend,
@@ -98,13 +102,23 @@ def lstm(
     h_n, c_n = [], []
     for index in range(num_layers):
         w_ih, w_hh, biases = _layer_weights(weights, index, directions, bias)
-        state = None if hx is None else _states_of(hx, index * directions, directions)
+        state, fresh = (_states_of(pair, index * directions, directions) for pair in (hx, reset_state))
         if refusal:
             input, h, c, _ = reference.layer_forward(
-                input, w_ih, w_hh, biases, state, batch_first=batch_first, lengths=lengths, reset=reset
+                input,
+                w_ih,
+                w_hh,
+                biases,
+                state,
+                batch_first=batch_first,
+                lengths=lengths,
+                reset=reset,
+                reset_state=fresh,
             )
         else:
-            input, h, c = _kernel_layer(input, w_ih, w_hh, biases, state, lengths, reset, batch_first, precision, plan)
+            input, h, c = _kernel_layer(
+                input, w_ih, w_hh, biases, state, lengths, reset, fresh, batch_first, precision, plan
+            )
         h_n.append(h)
         c_n.append(c)
         if dropout and training and index < num_layers - 1:
@@ -114,18 +128,41 @@ def lstm(
     return input, torch.cat(h_n), torch.cat(c_n)
 
 
-def _states_of(hx: State, first: int, count: int) -> State:
-    return hx[0][first : first + count], hx[1][first : first + count]
+def _states_of(pair: State | None, first: int, count: int) -> State | None:
+    return None if pair is None else (pair[0][first : first + count], pair[1][first : first + count])
 
 
-def _kernel_layer(x, w_ih, w_hh, bias, state, lengths, reset, batch_first, precision, plan):
+def _reset_state(
+    pair: State | None, reset: Tensor | None, input: Tensor, states: int, hidden_size: int, batch_first: bool
+) -> State | None:
+    """The checked pair, a row of it for every row of the batch."""
+    if pair is None:
+        return None
+    if reset is None:
+        raise RuntimeError("reset_state says what a reset row starts from: it needs reset=")
+    if len(pair) != 2:
+        raise RuntimeError(f"reset_state has an h and a c, got {len(pair)} tensors")
+    batch = input.shape[0 if batch_first else 1]
+    each, shared = (states, batch, hidden_size), (states, hidden_size)
+    for tensor in pair:
+        if tuple(tensor.shape) not in (each, shared) or (tensor.dtype, tensor.device) != (input.dtype, input.device):
+            raise RuntimeError(
+                f"reset_state must be two tensors of size {shared} or {each}, {input.dtype} on {input.device}; "
+                f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
+            )
+    h, c = (tensor.unsqueeze(1).expand(each) if tensor.dim() == 2 else tensor for tensor in pair)
+    return h, c
+
+
+def _kernel_layer(x, w_ih, w_hh, bias, state, lengths, reset, reset_state, batch_first, precision, plan):
     """One layer by the kernels; the backward pass's input is kept only if there can be one."""
     h_0, c_0 = state if state is not None else (None, None)
+    reset_h, reset_c = reset_state if reset_state is not None else (None, None)
     save = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, w_ih, w_hh, bias, h_0, c_0)
+        tensor is not None and tensor.requires_grad for tensor in (x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c)
     )
     out, h_n, c_n, _, _ = ops.layer(
-        x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, None, None, batch_first, precision, save, plan
+        x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan
     )
     return out, h_n, c_n
 
@@ -146,15 +183,15 @@ def _layer_weights(
 
 
 def _autocast(
-    input: Tensor, hx: State | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, State | None, Sequence[Tensor]]:
+    input: Tensor, hx: State | None, reset_state: State | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, State | None, State | None, Sequence[Tensor]]:
     """Under autocast everything is computed in its type, as nn.LSTM does on a GPU."""
     kind = input.device.type
     if input.dtype == torch.float64 or not autocast_is_on(kind):
-        return input, hx, weights
+        return input, hx, reset_state, weights
     dtype = torch.get_autocast_dtype(kind)
-    state = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
-    return input.to(dtype), state, [weight.to(dtype) for weight in weights]
+    state, fresh = (None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for pair in (hx, reset_state))
+    return input.to(dtype), state, fresh, [weight.to(dtype) for weight in weights]
 
 
 def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:

@@ -123,6 +123,7 @@ class LSTM(nn.RNNBase):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
+        reset_state: State | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run the LSTM.
 
@@ -131,7 +132,7 @@ class LSTM(nn.RNNBase):
                 unbatched, or a PackedSequence.
             hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), zeros if None; without the batch
                 dimension for unbatched input.
-            lengths, reset: see `functional.lstm`; for batched tensors only.
+            lengths, reset, reset_state: see `functional.lstm`; for batched tensors only.
 
         Returns:
             output and (h_n, c_n), shaped as nn.LSTM shapes them.
@@ -139,29 +140,35 @@ class LSTM(nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         compiling = torch.compiler.is_compiling()
         traced = compiling and not torch.compiler.is_exporting()
-        if self.refusal(input.data if packed else input) and lengths is None and reset is None:  # type: ignore[arg-type]
+        plain = lengths is None and reset is None and reset_state is None
+        if self.refusal(input.data if packed else input) and plain:  # type: ignore[arg-type]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
                 return _untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:
-            if lengths is not None or reset is not None:
+            if not plain:
                 raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
             if traced:
                 return _untraced(LSTM._forward_packed, self, input, hx)
             return self._forward_packed(input, hx)  # type: ignore[arg-type]
-        if lengths is None and reset is None and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
+        if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
             return self._by_cudnn(input, hx)  # type: ignore[arg-type]
-        return self._forward_padded(input, hx, lengths, reset)  # type: ignore[arg-type]
+        return self._forward_padded(input, hx, lengths, reset, reset_state)  # type: ignore[arg-type]
 
     def _forward_padded(
-        self, input: Tensor, hx: State | None, lengths: Tensor | None, reset: Tensor | None
+        self,
+        input: Tensor,
+        hx: State | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_state: State | None,
     ) -> tuple[Tensor, State]:
         self._update_flat_weights()
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
-            if lengths is not None or reset is not None:
+            if lengths is not None or reset is not None or reset_state is not None:
                 raise ValueError("lengths= and reset= go with batched 3-D input, got 2-D input")
             input = input.unsqueeze(batch_dim)
         if hx is None:
@@ -176,7 +183,7 @@ class LSTM(nn.RNNBase):
                 )
             hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             self.check_forward_args(input, hx, None)
-        output, h_n, c_n = self._run(input, hx, self.batch_first, lengths, reset)
+        output, h_n, c_n = self._run(input, hx, self.batch_first, lengths, reset, reset_state)
         if not batched:
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return output, (h_n, c_n)
@@ -190,13 +197,19 @@ class LSTM(nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
-        output, h_n, c_n = self._run(padded, hx, False, lengths, None)
+        output, h_n, c_n = self._run(padded, hx, False, lengths)
         output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _run(
-        self, input: Tensor, hx: State | None, batch_first: bool, lengths: Tensor | None, reset: Tensor | None
+        self,
+        input: Tensor,
+        hx: State | None,
+        batch_first: bool,
+        lengths: Tensor | None,
+        reset: Tensor | None = None,
+        reset_state: State | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.proj_size:
             raise RuntimeError("lengths= and reset= are not supported with proj_size: neither path has both")
@@ -212,6 +225,7 @@ class LSTM(nn.RNNBase):
             batch_first=batch_first,
             lengths=lengths,
             reset=reset,
+            reset_state=reset_state,
             backend=self.backend,
             precision=self.precision or "",
         )

@@ -87,6 +87,12 @@ def test_errors_have_the_type_of_nn_lstm(backend: str, name: str) -> None:
             r"reset must be a bool tensor of size \(3, 2\)",
         ),
         (dict(reset=torch.zeros(3, 2)), RuntimeError, "reset must be a bool tensor"),
+        (dict(reset_state=(torch.zeros(1, 4), torch.zeros(1, 4))), RuntimeError, "it needs reset="),
+        (
+            dict(reset=torch.zeros(3, 2, dtype=torch.bool), reset_state=(torch.zeros(1, 3), torch.zeros(1, 4))),
+            RuntimeError,
+            r"reset_state must be two tensors of size \(1, \d+\) or \(1, 2, \d+\)",
+        ),
     ],
 )
 def test_errors_of_lengths_and_reset(backend: str, options: dict, error: type, message: str) -> None:

@@ -292,6 +292,29 @@ def test_explain() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_reset_row_starts_from_the_given_state(backend: str, shared: bool, batch_first: bool) -> None:
+    """Two layers: the steps from the reset on are those of a new sequence, and its gradient is that of its start."""
+    module = LSTM(5, 6, 2, backend=backend, precision="ieee", batch_first=batch_first)
+    x = torch.randn(7, 3, 5)
+    given = [torch.randn(2, 6) if shared else torch.randn(2, 3, 6) for _ in range(2)]
+    state = [tensor.clone().requires_grad_() for tensor in given]
+    reset = torch.zeros(7, 3, dtype=torch.bool)
+    reset[4] = True
+    swap = (lambda tensor: tensor.transpose(0, 1)) if batch_first else (lambda tensor: tensor)
+    out, _ = module(swap(x), reset=swap(reset), reset_state=tuple(state))
+    start = [tensor.clone().requires_grad_() for tensor in given]
+    rows = tuple(tensor.unsqueeze(1).expand(2, 3, 6) if shared else tensor for tensor in start)
+    late, _ = LSTM.forward(module, swap(x[4:]).contiguous(), tuple(row.contiguous() for row in rows))
+    torch.testing.assert_close(swap(out)[4:], swap(late))
+    got = torch.autograd.grad(swap(out)[4:].square().sum(), state)
+    want = torch.autograd.grad(late.square().sum(), start)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("state", [True, False])
