@@ -99,7 +99,7 @@ def explain_call(
     call: Call, device: Device | NoPlan, backend: str = "auto", precision: str = "tf32", seq_len: int = 100
 ) -> Explanation:
     """The same for sizes and a GPU that need not be here; as a training step."""
-    request = Request(backend, call.dtype, precision, call.hidden_size, call.directions, call.proj_size)
+    request = Request(backend, call.dtype, precision, call.hidden_size, call.directions)
     reason = refusal_on(device, request)
     if not reason and backend == "auto" and isinstance(device, Device):
         reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)

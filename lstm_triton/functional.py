@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops, reference
+from .projection import projected_layer
 from .routing import (
     BACKENDS,
     PRECISIONS,
@@ -17,8 +18,7 @@ from .routing import (
     kernel_refusal,
     warn_once_of_the_loop,
 )
-
-State = tuple[Tensor, Tensor]
+from .validation import State, check_call, reset_state_of, weights_per_state
 
 
 def lstm(
@@ -28,6 +28,7 @@ def lstm(
     *,
     bias: bool = True,
     num_layers: int = 1,
+    proj_size: int = 0,
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
@@ -43,9 +44,11 @@ def lstm(
 
     Args:
         input: [T, B, input_size], or [B, T, input_size] with batch_first.
-        hx: h_0 and c_0, each [num_layers * D, B, H]; None for zeros.
+        hx: h_0 and c_0, [num_layers * D, B, H]; None for zeros.
         weights: per layer and direction weight_ih [4H, I], weight_hh [4H, H] and, with bias,
-            bias_ih [4H], bias_hh [4H]; gate order i, f, g, o, as in `nn.LSTM._flat_weights`.
+            bias_ih [4H], bias_hh [4H]; gate order i, f, g, o, as in `nn.LSTM._flat_weights`. With
+            proj_size = P, weight_hh is [4H, P] and weight_hr [P, H] comes last.
+        proj_size: size of the projected h, 0 for none; H below is then P wherever h is meant.
         dropout: probability of dropping an output of every layer but the last, if `training`.
         lengths: [B] integers in [0, T], any order, on any device. A row stops at its length:
             outputs beyond it are 0, h_n and c_n are its last real ones, the reverse direction
@@ -73,25 +76,17 @@ def lstm(
         check_choice("precision", precision, PRECISIONS)
     directions = 2 if bidirectional else 1
     input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
-    _check(input, hx, weights, num_layers * directions, directions, bias, batch_first, lengths, reset)
-    reset_state = _reset_state(reset_state, reset, input, num_layers * directions, weights[1].shape[1], batch_first)
-    hidden_size = weights[1].shape[1]
-    refusal = kernel_refusal(
-        backend,
-        input.device.type,
-        input.device.index,
-        str(input.dtype).removeprefix("torch."),
-        precision,
-        hidden_size,
-        directions,
-        0,
-    )
+    states, hidden_size = num_layers * directions, weights[0].shape[0] // 4
+    check_call(input, hx, weights, states, directions, proj_size, bias, batch_first, lengths, reset)
+    batch, out_size = input.shape[0 if batch_first else 1], proj_size or hidden_size
+    reset_state = reset_state_of(reset_state, reset, input, (states, batch, out_size, hidden_size))
+    device, dtype = input.device, str(input.dtype).removeprefix("torch.")
+    refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions)
     if refusal and plan:
         raise RuntimeError(f"a plan was given, and the kernels do not run: {refusal}")
     if refusal and lengths is None and reset is None:
         if hx is None:
-            zero = input.new_zeros((num_layers * directions, input.shape[0 if batch_first else 1], hidden_size))
-            hx = (zero, zero)
+            hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
     if refusal and input.is_cuda:
         warn_once_of_the_loop(refusal)
@@ -99,26 +94,22 @@ def lstm(
         lengths = lengths.to(input.device)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
+
+    def run(x, w_ih, w_hh, biases, state, fresh):
+        if refusal:
+            marks = {"lengths": lengths, "reset": reset, "reset_state": fresh}
+            return reference.layer_forward(x, w_ih, w_hh, biases, state, batch_first=batch_first, **marks)[:3]
+        return _kernel_layer(x, w_ih, w_hh, biases, state, lengths, reset, fresh, batch_first, precision, plan)
+
     h_n, c_n = [], []
     for index in range(num_layers):
-        w_ih, w_hh, biases = _layer_weights(weights, index, directions, bias)
+        w_ih, w_hh, biases, w_hr = _layer_weights(weights, index, directions, bias, proj_size)
         state, fresh = (_states_of(pair, index * directions, directions) for pair in (hx, reset_state))
-        if refusal:
-            input, h, c, _ = reference.layer_forward(
-                input,
-                w_ih,
-                w_hh,
-                biases,
-                state,
-                batch_first=batch_first,
-                lengths=lengths,
-                reset=reset,
-                reset_state=fresh,
-            )
+        if w_hr is None:
+            input, h, c = run(input, w_ih, w_hh, biases, state, fresh)
         else:
-            input, h, c = _kernel_layer(
-                input, w_ih, w_hh, biases, state, lengths, reset, fresh, batch_first, precision, plan
-            )
+            given = (input, w_ih, w_hh, w_hr, biases, state, fresh)
+            input, h, c = projected_layer(run, *given, lengths, reset, batch_first)
         h_n.append(h)
         c_n.append(c)
         if dropout and training and index < num_layers - 1:
@@ -130,28 +121,6 @@ def lstm(
 
 def _states_of(pair: State | None, first: int, count: int) -> State | None:
     return None if pair is None else (pair[0][first : first + count], pair[1][first : first + count])
-
-
-def _reset_state(
-    pair: State | None, reset: Tensor | None, input: Tensor, states: int, hidden_size: int, batch_first: bool
-) -> State | None:
-    """The checked pair, a row of it for every row of the batch."""
-    if pair is None:
-        return None
-    if reset is None:
-        raise RuntimeError("reset_state says what a reset row starts from: it needs reset=")
-    if len(pair) != 2:
-        raise RuntimeError(f"reset_state has an h and a c, got {len(pair)} tensors")
-    batch = input.shape[0 if batch_first else 1]
-    each, shared = (states, batch, hidden_size), (states, hidden_size)
-    for tensor in pair:
-        if tuple(tensor.shape) not in (each, shared) or (tensor.dtype, tensor.device) != (input.dtype, input.device):
-            raise RuntimeError(
-                f"reset_state must be two tensors of size {shared} or {each}, {input.dtype} on {input.device}; "
-                f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
-            )
-    h, c = (tensor.unsqueeze(1).expand(each) if tensor.dim() == 2 else tensor for tensor in pair)
-    return h, c
 
 
 def _kernel_layer(x, w_ih, w_hh, bias, state, lengths, reset, reset_state, batch_first, precision, plan):
@@ -168,10 +137,10 @@ def _kernel_layer(x, w_ih, w_hh, bias, state, lengths, reset, reset_state, batch
 
 
 def _layer_weights(
-    weights: Sequence[Tensor], layer: int, directions: int, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """w_ih [D, 4H, I], w_hh [D, 4H, H] and the sum of the biases [D, 4H] of one layer."""
-    count = 4 if bias else 2
+    weights: Sequence[Tensor], layer: int, directions: int, bias: bool, proj_size: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """w_ih [D, 4H, I], w_hh [D, 4H, H or P], the sum of the biases [D, 4H] and w_hr [D, P, H] of one layer."""
+    count = weights_per_state(bias, proj_size)
     start = layer * directions * count
     parts = [weights[start + d * count : start + (d + 1) * count] for d in range(directions)]
 
@@ -179,7 +148,8 @@ def _layer_weights(
         return tensors[0].unsqueeze(0) if directions == 1 else torch.stack(tensors)
 
     w_ih, w_hh = stack([part[0] for part in parts]), stack([part[1] for part in parts])
-    return w_ih, w_hh, stack([part[2] + part[3] for part in parts]) if bias else None
+    biases = stack([part[2] + part[3] for part in parts]) if bias else None
+    return w_ih, w_hh, biases, stack([part[-1] for part in parts]) if proj_size else None
 
 
 def _autocast(
@@ -198,86 +168,3 @@ def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """bool [T, B] or [B, T]: steps beyond a row's length."""
     time = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
     return time >= lengths.unsqueeze(1) if batch_first else time.unsqueeze(1) >= lengths
-
-
-def _check(
-    input: Tensor,
-    hx: State | None,
-    weights: Sequence[Tensor],
-    states: int,
-    directions: int,
-    bias: bool,
-    batch_first: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> None:
-    """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
-    if input.dim() != 3:
-        raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-    if states < 1 or len(weights) != states * (4 if bias else 2):
-        raise RuntimeError(f"expected {states * (4 if bias else 2)} weights of at least one layer, got {len(weights)}")
-    batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
-    if seq_len == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size = weights[1].shape[-1]
-    if weights[0].shape[-1] != input.shape[2]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {input.shape[2]}"
-        )
-    _check_weights(weights, hidden_size, directions, bias)
-    for name, tensor in zip(("h_0", "c_0"), hx or ()):
-        if tuple(tensor.shape) != (states, batch, hidden_size):
-            raise RuntimeError(f"Expected {name} size {(states, batch, hidden_size)}, got {list(tensor.shape)}")
-    for name, tensors in (("hidden", hx or ()), ("parameter", weights)):
-        for tensor in tensors:
-            if tensor.device != input.device:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
-                    f"and {name} tensor at {tensor.device}"
-                )
-            if tensor.dtype != input.dtype:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not the same dtype, found input tensor with {input.dtype} "
-                    f"and {name} tensor with {tensor.dtype}"
-                )
-    if lengths is not None:
-        _check_lengths(lengths, batch, seq_len)
-    if reset is not None:
-        expected = tuple(input.shape[:2])
-        if reset.dtype != torch.bool or tuple(reset.shape) != expected or reset.device != input.device:
-            raise RuntimeError(
-                f"reset must be a bool tensor of size {expected} on {input.device}, "
-                f"got {reset.dtype} of size {tuple(reset.shape)} on {reset.device}"
-            )
-
-
-def _check_weights(weights: Sequence[Tensor], hidden_size: int, directions: int, bias: bool) -> None:
-    """The kernels index into weights by these shapes."""
-    gates, count = 4 * hidden_size, 4 if bias else 2
-    for index in range(0, len(weights), count):
-        inputs = weights[0].shape[-1] if index < directions * count else directions * hidden_size
-        expected = [(gates, inputs), (gates, hidden_size), (gates,), (gates,)]
-        for name, tensor, shape in zip(
-            ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights[index:], expected[:count]
-        ):
-            if tuple(tensor.shape) != shape:
-                raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(tensor.shape)}")
-
-
-def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
-    integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if tuple(lengths.shape) != (batch,) or not integer:
-        raise RuntimeError(
-            f"lengths must be an integer tensor of size {(batch,)}, got {lengths.dtype} of size {tuple(lengths.shape)}"
-        )
-    if torch.compiler.is_compiling():
-        return  # the operators clamp lengths to [0, T]
-    outside = f"lengths must lie in [0, {seq_len}]"
-    if lengths.device.type == "cpu":
-        if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
-            raise RuntimeError(f"{outside}, got {lengths.tolist()}")
-    else:
-        # No host synchronisation: like a bad index, this surfaces as an assertion of the device.
-        torch._assert_async(((lengths >= 0) & (lengths <= seq_len)).all(), outside)

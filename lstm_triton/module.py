@@ -90,7 +90,6 @@ class LSTM(nn.RNNBase):
             self.precision or "",
             self.hidden_size,
             2 if self.bidirectional else 1,
-            self.proj_size,
         )
 
     def slower(self, input: Tensor, hx: State | None = None) -> str:
@@ -98,8 +97,8 @@ class LSTM(nn.RNNBase):
 
         By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
         """
-        if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3):
-            return ""
+        if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3) or self.proj_size:
+            return ""  # with projections nothing has been measured
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
         dtype = compute_dtype("cuda", self.weight_ih_l0.dtype)  # type: ignore[arg-type]
@@ -211,14 +210,13 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
         reset_state: State | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.proj_size:
-            raise RuntimeError("lengths= and reset= are not supported with proj_size: neither path has both")
         return functional.lstm(
             input,
             hx,
             self._flat_weights,  # type: ignore[arg-type]
             bias=self.bias,
             num_layers=self.num_layers,
+            proj_size=self.proj_size,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
@@ -249,7 +247,7 @@ class LSTMCell(nn.LSTMCell):
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
         dtype = compute_dtype(input.device.type, self.weight_ih.dtype)
         return kernel_refusal(
-            self.backend, input.device.type, input.device.index, dtype, self.precision or "", self.hidden_size, 1, 0
+            self.backend, input.device.type, input.device.index, dtype, self.precision or "", self.hidden_size, 1
         )
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:

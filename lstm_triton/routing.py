@@ -39,7 +39,6 @@ class Request(NamedTuple):
     precision: str
     hidden_size: int
     directions: int
-    proj_size: int
 
 
 def kernel_device(device: torch.device) -> Device | NoPlan:
@@ -77,13 +76,12 @@ def kernel_refusal(
     precision: str,
     hidden_size: int,
     directions: int,
-    proj_size: int,
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
-    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions, proj_size)
+    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions)
     reason = _refusal(device, request)
     reason = reason or _transform()
     if reason and backend == "triton":
@@ -109,7 +107,7 @@ def _transform() -> str:
 
 @lru_cache(maxsize=4096)
 def _refusal(device: torch.device, request: Request) -> str:
-    if request.backend == "auto" and request.proj_size == 0 and device.type == "cpu":
+    if request.backend == "auto" and device.type == "cpu":
         return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
     return refusal_on(kernel_device(device), request)
 
@@ -118,8 +116,6 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
     """`kernel_refusal` for a GPU that need not be here."""
     if request.backend == "torch":
         return 'backend="torch" asks for it'
-    if request.proj_size > 0:
-        return "projections (proj_size) are not in the kernels: h_t would cross between programs twice a step"
     none = target if isinstance(target, NoPlan) else refusal(target, request.dtype, request.precision)
     if none is not None:
         return none.reason

@@ -40,7 +40,7 @@ def test_explain_for_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture) -> No
 def test_explain_says_why_not(capsys: pytest.CaptureFixture) -> None:
     assert main(["explain", "--input-size", "8", "--hidden-size", "16", "--proj-size", "4", "--gpu", "sm_80"]) == 0
     text = capsys.readouterr().out
-    assert "layer 0: torch (projections" in text
+    assert "layer 0: triton (a plan exists for float32 on A100" in text
     assert "standard (projections)" in text
     assert main(["explain", "--input-size", "8", "--hidden-size", "600", "--gpu", "gfx942"]) == 0
     assert "layer 0: torch (on MI300X the kernels run only where W_hh fits one program" in capsys.readouterr().out

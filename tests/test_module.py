@@ -23,6 +23,8 @@ OPTIONS = {
     "no-bias": dict(bias=False),
     "batch-first": dict(batch_first=True),
     "bidirectional": dict(bidirectional=True),
+    "projection": dict(proj_size=3),
+    "projections": dict(proj_size=2, num_layers=2, bias=False, batch_first=True, bidirectional=True),
     "everything": dict(num_layers=2, bias=False, batch_first=True, bidirectional=True),
 }
 
@@ -58,7 +60,7 @@ def test_results(backend: str, options: dict, state: bool, batched: bool) -> Non
     layers = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     x = torch.randn((4, 3, 5) if batched else (4, 5))
     batch = (3 if not options.get("batch_first") else 4,) if batched else ()
-    hx = [torch.randn(layers, *batch, 6) for _ in range(2)] if state else []
+    hx = [torch.randn(layers, *batch, size) for size in (options.get("proj_size", 6), 6)] if state else []
     assert_same_results(theirs, ours, x, *hx)
     assert_same_shape_and_type(theirs, ours, x)
 
@@ -155,15 +157,6 @@ def test_constructor() -> None:
     assert module.proj_size == 3
     assert module.weight_ih_l0.dtype == torch.float64
     assert LSTM(5, 6, device="meta").weight_ih_l0.is_meta
-
-
-def test_projections_take_pytorchs_path_and_say_so() -> None:
-    theirs, ours = pair("auto", 5, 6, proj_size=2)
-    x = torch.randn(3, 2, 5)
-    assert torch.equal(theirs(x)[0], ours(x)[0])
-    assert "proj_size" in str(lstm_triton.explain(ours, x))
-    with pytest.raises(RuntimeError, match='backend="triton" is not possible: projections'):
-        LSTM(5, 6, proj_size=2, backend="triton")(x)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

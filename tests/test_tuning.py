@@ -270,13 +270,13 @@ def test_where_nn_lstm_was_faster_auto_takes_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_strict_turns_a_fallback_on_a_gpu_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "kernel_device", lambda device: H100)
-    arguments = ("auto", "cuda", 0, "float16", "tf32", 512, 1)
-    assert "projections" in routing.kernel_refusal(*arguments, 64)
+    refused = ("auto", "cuda", 0, "float64", "tf32", 512, 1)
+    assert "float64" in routing.kernel_refusal(*refused)
     monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
-    with pytest.raises(RuntimeError, match="projections"):
-        routing.kernel_refusal(*arguments, 64)
-    assert routing.kernel_refusal(*arguments, 0) == ""
-    assert "on cpu" in routing.kernel_refusal("auto", "cpu", None, "float32", "tf32", 512, 1, 0)
+    with pytest.raises(RuntimeError, match="float64"):
+        routing.kernel_refusal(*refused)
+    assert routing.kernel_refusal("auto", "cuda", 0, "float16", "tf32", 512, 1) == ""
+    assert "on cpu" in routing.kernel_refusal("auto", "cpu", None, "float32", "tf32", 512, 1)
 
 
 def test_candidates_are_compiled_ahead_and_spills_left_out() -> None:

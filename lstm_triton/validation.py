@@ -1,0 +1,125 @@
+"""What `functional.lstm` accepts: shapes, types and devices, with aten's types of error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+
+
+def reset_state_of(
+    pair: State | None, reset: Tensor | None, input: Tensor, sizes: tuple[int, int, int, int]
+) -> State | None:
+    """The checked reset state, a row of it for every row of the batch. sizes: L * D, B, P or H, H."""
+    if pair is None:
+        return None
+    if reset is None:
+        raise RuntimeError("reset_state says what a reset row starts from: it needs reset=")
+    if len(pair) != 2:
+        raise RuntimeError(f"reset_state has an h and a c, got {len(pair)} tensors")
+    states, batch, *of_each = sizes
+    rows = []
+    for tensor, size in zip(pair, of_each):
+        each, shared = (states, batch, size), (states, size)
+        if tuple(tensor.shape) not in (each, shared) or (tensor.dtype, tensor.device) != (input.dtype, input.device):
+            raise RuntimeError(
+                f"reset_state must be of size {shared} or {each}, {input.dtype} on {input.device}; "
+                f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
+            )
+        rows.append(tensor.unsqueeze(1).expand(each) if tensor.dim() == 2 else tensor)
+    return rows[0], rows[1]
+
+
+def check_call(
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    states: int,
+    directions: int,
+    proj_size: int,
+    bias: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> None:
+    """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
+    if input.dim() != 3:
+        raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+    count = weights_per_state(bias, proj_size)
+    if states < 1 or len(weights) != states * count:
+        raise RuntimeError(f"expected {states * count} weights of at least one layer, got {len(weights)}")
+    batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
+    if seq_len == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    hidden_size = weights[0].shape[0] // 4
+    if weights[0].shape[-1] != input.shape[2]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {input.shape[2]}"
+        )
+    _check_weights(weights, hidden_size, proj_size, directions, bias)
+    for name, tensor, size in zip(("h_0", "c_0"), hx or (), (proj_size or hidden_size, hidden_size)):
+        if tuple(tensor.shape) != (states, batch, size):
+            raise RuntimeError(f"Expected {name} size {(states, batch, size)}, got {list(tensor.shape)}")
+    for name, tensors in (("hidden", hx or ()), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.device != input.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
+                    f"and {name} tensor at {tensor.device}"
+                )
+            if tensor.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not the same dtype, found input tensor with {input.dtype} "
+                    f"and {name} tensor with {tensor.dtype}"
+                )
+    if lengths is not None:
+        _check_lengths(lengths, batch, seq_len)
+    if reset is not None:
+        expected = tuple(input.shape[:2])
+        if reset.dtype != torch.bool or tuple(reset.shape) != expected or reset.device != input.device:
+            raise RuntimeError(
+                f"reset must be a bool tensor of size {expected} on {input.device}, "
+                f"got {reset.dtype} of size {tuple(reset.shape)} on {reset.device}"
+            )
+
+
+def weights_per_state(bias: bool, proj_size: int) -> int:
+    """How many weights one layer has in one direction."""
+    return (4 if bias else 2) + (proj_size > 0)
+
+
+def _check_weights(weights: Sequence[Tensor], hidden_size: int, proj_size: int, directions: int, bias: bool) -> None:
+    """The kernels index into weights by these shapes."""
+    gates, count, out_size = 4 * hidden_size, weights_per_state(bias, proj_size), proj_size or hidden_size
+    for index in range(0, len(weights), count):
+        inputs = weights[0].shape[-1] if index < directions * count else directions * out_size
+        expected: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs), "weight_hh": (gates, out_size)}
+        if bias:
+            expected |= {"bias_ih": (gates,), "bias_hh": (gates,)}
+        if proj_size:
+            expected["weight_hr"] = (proj_size, hidden_size)
+        for (name, shape), tensor in zip(expected.items(), weights[index : index + count]):
+            if tuple(tensor.shape) != shape:
+                raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if tuple(lengths.shape) != (batch,) or not integer:
+        raise RuntimeError(
+            f"lengths must be an integer tensor of size {(batch,)}, got {lengths.dtype} of size {tuple(lengths.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return  # the operators clamp lengths to [0, T]
+    outside = f"lengths must lie in [0, {seq_len}]"
+    if lengths.device.type == "cpu":
+        if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
+            raise RuntimeError(f"{outside}, got {lengths.tolist()}")
+    else:
+        # No host synchronisation: like a bad index, this surfaces as an assertion of the device.
+        torch._assert_async(((lengths >= 0) & (lengths <= seq_len)).all(), outside)
