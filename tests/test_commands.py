@@ -117,23 +117,45 @@ def test_tune_writes_a_table_and_goes_on_from_it(tmp_path: Path, quick: None, ca
     assert load(out).entries != first.entries
 
 
-def test_an_interrupted_tuning_keeps_what_it_has(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = tune.search, []
+@pytest.mark.parametrize("at", [2, 4])
+def test_an_interrupted_tuning_keeps_what_it_has(
+    at: int, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C during the second config of the first pass, and the first of the second."""
+    from lstm_triton.tuning.search import Scratch
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+    real, calls = Scratch.microseconds_per_step, []
+
+    def interrupted(self, config):
+        calls.append(config)
+        if len(calls) == at:
             raise KeyboardInterrupt
+        return real(self, config)
+
+    monkeypatch.setattr(Scratch, "microseconds_per_step", interrupted)
+    out = tmp_path / "t.json"
+    assert main([*TUNE, str(out)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    (entry,) = load(out).entries.values()
+    assert len(entry.measured) == at - 1
+    assert main([*TUNE, str(out)]) == 0
+    assert [len(entry.measured) for entry in load(out).entries.values()] == [3, 3]
+    assert len(calls) == 7, "nothing was measured twice but the one interrupted"
+
+
+def test_two_processes_tuning_into_one_file(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other wrote meanwhile stays."""
+    out, real = tmp_path / "t.json", tune.search
+
+    def meanwhile(*arguments):
+        if not out.exists():
+            monkeypatch.setattr(tune, "search", real)
+            assert main(["tune", "--shapes", "20x2", "--dtype", "float32-ieee", "--out", str(out)]) == 0
         return real(*arguments)
 
-    monkeypatch.setattr(tune, "search", interrupted)
-    out = tmp_path / "t.json"
-    with pytest.raises(KeyboardInterrupt):
-        main([*TUNE, str(out)])
-    assert len(load(out).entries) == 1
+    monkeypatch.setattr(tune, "search", meanwhile)
     assert main([*TUNE, str(out)]) == 0
-    assert len(load(out).entries) == 2
-    assert len(calls) == 3
+    assert {bucket.hidden_size for bucket in load(out).entries} == {16, 32}
 
 
 @pytest.mark.parametrize(

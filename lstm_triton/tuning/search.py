@@ -45,6 +45,14 @@ class Progress:
     result: float | str
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a search. entry: what had been measured, None for nothing."""
+
+    def __init__(self, entry: Entry | None) -> None:
+        super().__init__()
+        self.entry = entry
+
+
 def search(
     problem: Problem,
     device: Device,
@@ -62,16 +70,25 @@ def search(
     configs = sorted(admissible(problem, device), key=lambda config: microseconds_per_step(config, problem, device))
     measured: dict[str, float | str] = dict(known.measured) if known is not None else {}
     configs = [config for config in configs if _key(config) not in measured]
+    if not configs and known is not None:
+        return replace(known, complete=True)
     scratch, complete = Scratch(problem, device, where), True
-    for config, complaint in _compiled(configs, problem, device, pool):
-        if time.monotonic() > deadline and _best(measured) is not None:
-            complete = False
-            break
-        result = complaint or _measure(scratch, config)
-        if isinstance(result, str):
-            logger.warning("left out: %s for %s: %s", _key(config), problem, result)
-        measured[_key(config)] = result
-        tell(Progress(problem, config, result))
+    try:
+        for config, complaint in _compiled(configs, problem, device, pool):
+            if time.monotonic() > deadline and _best(measured) is not None:
+                complete = False
+                break
+            result = complaint or _measure(scratch, config)
+            if isinstance(result, str):
+                logger.warning("left out: %s for %s: %s", _key(config), problem, result)
+            measured[_key(config)] = result
+            tell(Progress(problem, config, result))
+    except KeyboardInterrupt:
+        raise Interrupted(_entry(measured, False)) from None
+    return _entry(measured, complete)
+
+
+def _entry(measured: dict[str, float | str], complete: bool) -> Entry | None:
     best = _best(measured)
     return None if best is None else Entry(Config.decode(best), measured, complete)
 

@@ -12,7 +12,9 @@ import datetime
 import logging
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -22,14 +24,15 @@ from pathlib import Path
 
 import torch
 import triton
+from tqdm import tqdm
 
 from ..device import Device
 from ..planner import NoPlan, refusal
 from ..problem import PASSES, Bucket, Problem, bucket_of
 from ..routing import bout_of, kernel_device
 from . import contest, store
-from .search import Progress, search
-from .table import Table, TableError, load
+from .search import Interrupted, Progress, search
+from .table import Entry, Table, TableError, load
 
 # Sizes that users run, one of every bucket that a placement or cuDNN's choice turns on.
 DEFAULT_SHAPES = "64x32 128x64 128x256 256x32 256x256 512x16 512x64 512x256 640x32 768x16 1024x16 1024x64 1024x128"
@@ -88,41 +91,95 @@ def _sizes(word: str, where: str) -> tuple[int, int, int]:
 
 def run(options: argparse.Namespace) -> int:
     """ValueError, RuntimeError and OSError are the user's to read; nothing is written then."""
-    from tqdm import tqdm
-
     shapes = parse_shapes(options.shapes, options.dtype)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = kernel_device(where)
     if isinstance(device, NoPlan):
         here = "there is none here" if where.type == "cpu" else device.reason
         raise RuntimeError(f"tuning measures on a GPU: {here}")
+    for shape in shapes:
+        none = refusal(device, shape.dtype, shape.precision)
+        if none is not None:
+            raise RuntimeError(none.reason)
     path = options.out or store.user_path(device)
-    table = _start(path, device)
+    tuner = Tuner(_start(path, device), path, device, where, options.again)
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (options.budget if options.budget is not None else float("inf"))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass  # better now than after the measurements
     logging.getLogger("lstm_triton").addHandler(logging.StreamHandler())
-    problems = _distinct(shapes, device)
-    bar = tqdm(total=len(problems), unit="problem", disable=None)
-    with bar, _pool(options.workers, device) as pool:
-        for index, problem in enumerate(problems):
-            known = None if options.again else table.entries.get(bucket_of(problem))
-            left = deadline - time.monotonic()
-            if left > 0 and not (known and known.complete):
-                bar.set_postfix_str(f"{problem.which} H={problem.hidden_size} B={problem.batch} {problem.dtype}")
-                share = time.monotonic() + left / (len(problems) - index)
-                entry = search(problem, device, where, share, known, pool, lambda p: bar.set_description(_said(p)))
-                if entry is not None:
-                    table = replace(table, entries={**table.entries, bucket_of(problem): entry})
-                    table.save(path)
-            bar.update()
-    if where.type == "cuda":
-        for shape in tqdm(shapes, unit="contest", disable=None):
-            if time.monotonic() > deadline:
-                break
-            table = _contests(shape, table, device, where, options.again)
-            table.save(path)
-    _summary(table, path)
+    deadline = time.monotonic() + (options.budget if options.budget is not None else float("inf"))
+    try:
+        with _pool(options.workers, device) as pool:
+            tuner.tune(shapes, deadline, pool)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was measured is in {path}, the same command goes on", file=sys.stderr)
+        return 130
+    _summary(tuner.table, path)
     return 0
+
+
+@dataclass
+class Tuner:
+    """A table on its way, saved after every problem and every contest."""
+
+    table: Table
+    path: Path
+    device: Device
+    where: torch.device
+    again: bool
+
+    def tune(self, shapes: list[Shape], deadline: float, pool: Executor | None) -> None:
+        """Shape by shape: both passes, then the contest, so that what is done is done whole."""
+        done: set[Bucket] = set()
+        with tqdm(total=len(shapes), unit="shape", disable=None) as bar:
+            for index, shape in enumerate(shapes):
+                for problem in shape.problems():
+                    left = (deadline - time.monotonic()) / (len(shapes) - index)
+                    if left > 0 and bucket_of(problem) not in done:
+                        bar.set_postfix_str(
+                            f"{problem.which} H={problem.hidden_size} B={problem.batch} {problem.dtype}"
+                        )
+                        # A third of the time for each pass, the rest for the contest.
+                        self._search(problem, time.monotonic() + left / 3, pool, bar)
+                    done.add(bucket_of(problem))
+                if self.where.type == "cuda" and time.monotonic() < deadline:
+                    bar.set_postfix_str(f"against nn.LSTM H={shape.hidden_size} B={shape.batch} {shape.dtype}")
+                    self._contest(shape)
+                bar.update()
+
+    def _search(self, problem: Problem, deadline: float, pool: Executor | None, bar: tqdm) -> None:
+        bucket = bucket_of(problem)
+        known = None if self.again else self.table.entries.get(bucket)
+        if known is not None and known.complete:
+            return
+        try:
+            entry = search(
+                problem, self.device, self.where, deadline, known, pool, lambda p: bar.set_description(_said(p))
+            )
+        except Interrupted as interrupted:
+            self._keep(bucket, interrupted.entry)
+            raise
+        self._keep(bucket, entry)
+
+    def _keep(self, bucket: Bucket, entry: Entry | None) -> None:
+        if entry is not None:
+            self.table = replace(self.table, entries={**self.table.entries, bucket: entry})
+            self._save()
+
+    def _contest(self, shape: Shape) -> None:
+        with store.using(self.table, self.device):
+            results = dict(self.table.contests)
+            for call in contest.calls_of(shape.hidden_size, shape.batch, shape.directions, shape.dtype, self.device):
+                if self.again or bout_of(call, shape.precision, True, False, self.device) not in results:
+                    results.update(contest.hold(call, shape.precision, self.device, self.where))
+        self.table = replace(self.table, contests=results)
+        self._save()
+
+    def _save(self) -> None:
+        """With what another process may have added to the file."""
+        if self.path.exists():
+            self.table = self.table.over(load(self.path))
+        self.table.save(self.path)
 
 
 def _start(path: Path, device: Device) -> Table:
@@ -146,38 +203,19 @@ def _start(path: Path, device: Device) -> Table:
     return replace(table, made=made)
 
 
-def _distinct(shapes: list[Shape], device: Device) -> list[Problem]:
-    found: dict[Bucket, Problem] = {}
-    for shape in shapes:
-        none = refusal(device, shape.dtype, shape.precision)
-        if none is not None:
-            raise RuntimeError(none.reason)
-        for problem in shape.problems():
-            found.setdefault(bucket_of(problem), problem)
-    return list(found.values())
-
-
 @contextlib.contextmanager
 def _pool(workers: int, device: Device) -> Iterator[Executor | None]:
     if workers < 1 or device.arch == "interpreter":
         yield None
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # Ctrl-C is for this process; the others end with it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool:
         yield pool
 
 
 def _said(progress: Progress) -> str:
     return progress.result if isinstance(progress.result, str) else f"{progress.result:.2f} us a step"
-
-
-def _contests(shape: Shape, table: Table, device: Device, where: torch.device, again: bool) -> Table:
-    results = dict(table.contests)
-    calls = contest.calls_of(shape.hidden_size, shape.batch, shape.directions, shape.dtype, device)
-    with store.using(table, device):
-        for call in calls:
-            if again or bout_of(call, shape.precision, True, False, device) not in results:
-                results.update(contest.hold(call, shape.precision, device, where))
-    return replace(table, contests=results)
 
 
 def _summary(table: Table, path: Path) -> None:
