@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(explain(options))
         else:
             return tune.run(options)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"lstm_triton {options.command}: {error}", file=sys.stderr)
         return 2
     return 0

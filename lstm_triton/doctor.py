@@ -13,10 +13,13 @@ import triton
 
 from ._version import __version__
 from .device import Device, device_of
-from .module import LSTM
+from .functional import lstm
+from .planner import NoPlan, Plan, plan
+from .problem import PASSES, Problem
+from .routing import kernel_device
 from .settings import VARIABLES
 from .tuning import store
-from .tuning.table import NO_TABLE, TableError, kernels_hash, load
+from .tuning.table import TableError, kernels_hash, load
 
 OTHERS_VARIABLES = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES")
 
@@ -74,34 +77,36 @@ def _gpus() -> Iterator[str]:
 
 
 def _table(path: Path, device: Device) -> str:
-    if not path.exists():
-        return "none"
     try:
         table = load(path)
+    except FileNotFoundError:
+        return "none"
     except (OSError, TableError) as error:
         return f"ignored: {error}"
     problem = table.mismatch(device)
     if problem:
         return f"ignored: {problem}"
-    counts = f"{len(table.entries)} entries, {len(table.contests)} contests with nn.LSTM"
-    return counts if store.active_table(device) is not NO_TABLE else f"{counts}, not used"
+    return f"{len(table.entries)} entries, {len(table.contests)} contests with nn.LSTM"
 
 
 def self_check(where: torch.device) -> str:
-    """Run a small LSTM forward and backward by the kernels and by PyTorch, and compare."""
+    """Run a small LSTM forward and backward by the kernels, with the heuristic's plans, and by PyTorch."""
     torch.manual_seed(0)
     theirs = torch.nn.LSTM(32, 64, device=where)
     try:
-        ours = LSTM(32, 64, backend="triton", precision="ieee", device=where)
-        ours.load_state_dict(theirs.state_dict())
+        device = kernel_device(where)
+        if isinstance(device, NoPlan):
+            return f"none: {device.reason}"
+        plans = [plan(Problem(which, 64, 5, 1, "float32", "ieee"), device) for which in PASSES]
+        text = "|".join(one.config.encode() if isinstance(one, Plan) else one.reason for one in plans)
+        ours = [weight.detach().clone().requires_grad_() for weight in theirs.parameters()]
         x = torch.randn(7, 5, 32, device=where)
-        results = []
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for module in (ours, theirs):
-                output, _ = module(x)
-                output.square().sum().backward()
-                results.append((output.detach(), module.weight_hh_l0.grad))
+            out, _, _ = lstm(x, None, ours, backend="triton", precision="ieee", plan=text)
+            want, _ = theirs(x)
+            pairs = ((out, ours[1]), (want, list(theirs.parameters())[1]))
+            grads = [torch.autograd.grad(result.square().sum(), w_hh)[0] for result, w_hh in pairs]
     except Exception as error:  # the report must come out whatever is wrong
         return f"FAILED: {type(error).__name__}: {error}"
-    output, gradient = (float((a - b).abs().max()) for a, b in zip(*results))
+    output, gradient = float((out - want).abs().max()), float((grads[0] - grads[1]).abs().max())
     return f"kernels ran; largest difference from nn.LSTM {output:.1e} (output), {gradient:.1e} (gradient of W_hh)"

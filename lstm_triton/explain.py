@@ -16,6 +16,7 @@ from .planner import NoPlan
 from .precision import resolve_precision
 from .problem import PASSES, Problem
 from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
+from .settings import strict
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,18 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
 def explain_call(
     call: Call, device: Device | NoPlan, backend: str = "auto", precision: str = "tf32", seq_len: int = 100
 ) -> Explanation:
-    """The same for sizes and a GPU that need not be here; as a training step."""
+    """The same for sizes and a GPU that need not be here; as a training step.
+
+    Raises ValueError for a proj_size that is none of an LSTM's, and RuntimeError as `explain` does.
+    """
+    if not 0 <= call.proj_size < call.hidden_size:
+        raise ValueError(f"proj_size must be at least 0 and less than hidden_size, got {call.proj_size}")
     request = Request(backend, call.dtype, precision, call.hidden_size, call.directions)
     reason = refusal_on(device, request)
-    if not reason and backend == "auto" and isinstance(device, Device):
+    must = backend == "triton" or (backend == "auto" and strict())
+    if reason and must:
+        raise RuntimeError(f'backend="triton" is not possible: {reason}')
+    if not reason and not must and backend == "auto" and isinstance(device, Device):
         reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)
     return _explanation(call, precision, device, reason)
 

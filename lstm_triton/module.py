@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .cudnn import Call
-from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal, slower_reason
+from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal, possible_refusal, slower_reason
 
 State = tuple[Tensor, Tensor]
 
@@ -69,7 +69,9 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
         weight = self._flat_weights[0]
-        if self.backend != "triton" and isinstance(weight, Tensor) and weight.is_cuda and self.refusal(weight):
+        if self.backend == "triton" or not (isinstance(weight, Tensor) and weight.is_cuda):
+            return
+        if possible_refusal(*self._request(weight)):
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
@@ -82,7 +84,10 @@ class LSTM(nn.RNNBase):
 
     def refusal(self, input: Tensor) -> str:
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
-        return kernel_refusal(
+        return kernel_refusal(*self._request(input))
+
+    def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int]:
+        return (
             self.backend,
             input.device.type,
             input.device.index,

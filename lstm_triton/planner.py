@@ -70,11 +70,11 @@ def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
         return none
     if problem.hidden_size > LARGEST_HIDDEN_SIZE:
         return NoPlan(f"hidden_size is at most {LARGEST_HIDDEN_SIZE} in the kernels, got {problem.hidden_size}")
+    found = admissible(problem, device)
     entry = table.entries.get(bucket_of(problem))
     tuned = None if entry is None else placed(entry.config, problem, device)
-    if tuned is not None and fits(tuned, problem, device):
+    if tuned in found:
         return Plan(tuned, table.name)
-    found = admissible(problem, device)
     if not found and device.is_amd:
         return NoPlan(
             f"on {device.name} the kernels run only where W_hh fits one program: Triton's AMD backend drops the "
@@ -96,9 +96,7 @@ def admissible(problem: Problem, device: Device) -> list[Config]:
 
 def placed(config: Config, problem: Problem, device: Device) -> Config | None:
     """The config with as many batch tiles a launch as can wait for each other; None if not even one can."""
-    if config.placement == "local":
-        return config if config.block_h >= problem.hidden_size else None
-    if config.placement == "stepwise":
+    if config.placement != "grid":
         return config
     # One program per multiprocessor is always resident, whatever registers it takes.
     tiles = device.multiprocessors // (ceil_div(problem.hidden_size, config.block_h) * problem.directions)

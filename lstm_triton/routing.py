@@ -78,17 +78,30 @@ def kernel_refusal(
     directions: int,
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
-    device = torch.device(device_type) if index is None else torch.device(device_type, index)
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
-    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions)
-    reason = _refusal(device, request)
-    reason = reason or _transform()
+    reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions)
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if reason and device_type == "cuda":
         _log_once(reason)
     return reason
+
+
+def possible_refusal(
+    backend: str,
+    device_type: str,
+    index: int | None,
+    dtype: str,
+    precision: str,
+    hidden_size: int,
+    directions: int,
+) -> str:
+    """The same as a question: nothing is raised or logged."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    return (
+        _refusal(device, Request(backend, dtype, resolve_precision(precision), hidden_size, directions)) or _transform()
+    )
 
 
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which

@@ -1,11 +1,11 @@
-"""The ceilings of a device: what no recurrence can beat, measured with the arithmetic removed.
+"""The ceilings of a device, and the floor of a shape: what a recurrence of this design, layer after layer, cannot beat.
 
     python perf/floor.py --out floor.csv
 
-Copy bandwidth, the rate of a large matrix product in each type, the time of an empty launch, and one
-step of an exchange between programs (a recurrence without its mathematics) by each protocol and number
-of programs. On a CPU only the first two. `sweep.py` measures the same in its own run, and holds every
-result against the floor that `Ceilings.floor_ms` adds up from it.
+Copy bandwidth, the rate of a large matrix product in each type, the time of an empty launch on the device,
+and one step of an exchange between programs (a recurrence without its mathematics, but for a sum over what
+was collected) by each protocol and number of programs. On a CPU only the first two. `sweep.py` measures the
+same in its own run, and holds every result against the floor that `Ceilings.floor_ms` adds up from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from lstm_triton.kernels.exchange import await_flags, collect, publishable, raise_flag
-from rows import Row, device_here, digits, provenance, write_rows
+from rows import Row, device_here, digits, provenance, start, write_rows
 from shapes import DTYPES, Shape
 
 from lstm_triton.tuning.clock import Times, times_of
@@ -49,7 +49,7 @@ def exchange_kernel(
     row = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, WIDTH)
     unit = tile * UNITS + tl.arange(0, UNITS)
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    total = 0.0
     value = tl.zeros([ROWS, UNITS], tl.float32) + 1.0
     for step in range(steps):
         at = (step * ROWS + row)[:, None] * WIDTH
@@ -58,9 +58,10 @@ def exchange_kernel(
         await_flags(flags, step + 1, TILES, TILES, PROTOCOL)
         waiting = (row >= 0)[:, None]
         block = collect(buffer + at + column[None, :], waiting, waiting, PROTOCOL)
-        total += block.to(tl.float32)
-        value = value * 0.5 + tl.max(total) * 0.0  # the next tile depends on what was collected
-    tl.store(sums + tile, tl.sum(total))
+        collected = tl.sum(block.to(tl.float32))
+        total += collected
+        value = value * 0.5 + collected * 0.0  # the next tile depends on what was collected
+    tl.store(sums + tile, total)
 
 
 def exchange(tiles: int, steps: int, protocol: str, device: str) -> torch.Tensor:
@@ -99,13 +100,14 @@ class Ceilings:
 
     def step_seconds(self, shape: Shape) -> float:
         """Of one step of one layer: the product at the measured rate of as many programs as would be
-        best, and for more than one a hop between them.
+        best. Rows and directions go side by side for nothing, units for a hop between their programs.
         """
         operations = 8 * shape.batch * shape.hidden_size**2 * shape.directions
         rate = self.product[shape.dtype]
-        alone = operations * self.multiprocessors / rate
+        apart = min(-(-shape.batch // ROWS) * shape.directions, self.multiprocessors)
+        alone = operations * self.multiprocessors / (apart * rate)
         shared = [
-            hop + operations * self.multiprocessors / (min(programs, self.multiprocessors) * rate)
+            hop + operations * self.multiprocessors / (min(apart * programs, self.multiprocessors) * rate)
             for (_, programs), hop in self.hop.items()
         ]
         return min([alone, *shared])
@@ -124,7 +126,8 @@ class Ceilings:
             if mode == "train":
                 operations = 3 * operations + 2 * rows * shape.hidden_size * gates  # dx, dW_ih and dW_hh
                 moved, recurrent = 3 * moved, 2 * recurrent
-            seconds += max(operations / self.product[shape.dtype], moved / self.copy) + recurrent + self.launch
+            seconds += max(operations / self.product[shape.dtype], moved / self.copy) + recurrent
+            seconds += self.launch * (2 if mode == "train" else 1)
         return seconds * 1e3
 
 
@@ -158,7 +161,7 @@ def measure(device: torch.device, dtypes: list[str]) -> tuple[Ceilings, Iterator
     if device.type == "cpu":
         return Ceilings(copied * 1e9, product), iter(found)
     pointer = torch.empty(1, device=device)
-    launched = times_of(lambda: empty_kernel[(1,)](pointer), device, 50)
+    launched = times_of(lambda: empty_kernel[(1,)](pointer), device, 50, ahead=True)
     launch = note("launch", "", "us", launched, 1e3, False) / 1e6
     limit = torch.cuda.get_device_properties(device).multi_processor_count
     hop = {}
@@ -193,8 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = device_here()
     dtypes = options.dtype or (list(DTYPES) if device.type == "cuda" else ["float32-ieee"])
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.touch()
+        start(options.out)
     except OSError as error:
         print(f"floor: {error}", file=sys.stderr)
         return 2

@@ -27,14 +27,16 @@ class Measurement:
         self.shape, self.device, self.repeat = truth.shape, truth.device, repeat
         self.x = truth.x
         self.module = PROVIDERS[provider](truth.base, truth.shape)
-        self.cotangent = None
         complaint = truth.complaint(self.module)
         if complaint:
             raise Unsupported(complaint)
         precise(self.shape.dtype)
+        with torch.no_grad():
+            self.cotangent = torch.ones_like(self.module(self.x))
 
     def metrics(self, mode: str) -> Iterator[tuple[str, Times]]:
         """(metric, times) of a mode; values of "memory" are MiB, each measured once."""
+        self.module.train(mode not in ("forward", "step"))
         if mode == "memory":
             yield "saved_mib", once(self._saved())
             if self.device.type == "cuda":
@@ -67,10 +69,7 @@ class Measurement:
         self.x = self.x.detach().requires_grad_()
 
     def _train(self) -> None:
-        out = self.module(self.x)
-        if self.cotangent is None:
-            self.cotangent = torch.ones_like(out)
-        out.backward(self.cotangent)
+        self.module(self.x).backward(self.cotangent)
 
     def _peak(self) -> float:
         """MiB of device memory that a training step takes at most, beyond weights and input."""

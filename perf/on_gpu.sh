@@ -4,7 +4,7 @@
 #   tests      the gpu tests, then the ceilings
 #   open       sweep of the region "open" (and so on: home, small, users, scaling)
 #   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
-#              cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
+#              mkdir -p lstm_triton/tuning/shipped && cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
 #   peers      the loops of tutorials, and flashrnn and torchrl where installed
 #   soak       10,000 launches on two streams
 #   sanitizer  compute-sanitizer's memcheck and racecheck on gpu tests of single launches
@@ -19,10 +19,11 @@ cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 cp -r lstm_triton "$site/" && cp -r kernels "$site/lstm_triton/kernels"
-export PYTHONPATH="$site" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out"
+# Without PYTHONSAFEPATH the checkout itself, which has no kernels inside lstm_triton/, would be imported.
+export PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD/perf" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out"
 python=${PYTHON:-python3}
 limited() { timeout --signal INT --kill-after 20 "$@"; }  # an interrupted sweep keeps its rows
-gpu_tests() { "$@" "$python" -P -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py ${select:+-k "$select"}; }
+gpu_tests() { "$@" "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py ${select:+-k "$select"}; }
 sweep() { limited 460 "$python" perf/sweep.py --out "$out/$stage.csv" --resume "$@" 2>&1 | tee "$out/$stage.txt"; }
 status=0
 case $stage in

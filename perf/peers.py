@@ -82,6 +82,8 @@ class TorchRL(Peer):
     def __init__(self, base: nn.LSTM, shape: Shape) -> None:
         if shape.torch_dtype == "float16":
             raise Unsupported("computes in float32 or bfloat16")
+        if shape.hidden_size >= 512:
+            raise Unsupported("from H = 512 on its backward takes many minutes to compile")
         super().__init__(base, shape, torch.float32)
         device = base.weight_ih_l0.device
         sizes = (shape.batch, shape.seq_len)

@@ -60,6 +60,7 @@ class Row:
         return tuple(getattr(self, name) for name in COLUMNS[: COLUMNS.index("value")])
 
 
+SIZES = ("input_size", "hidden_size", "batch", "seq_len", "layers", "directions")
 COLUMNS = [field.name for field in fields(Row)]
 
 
@@ -92,21 +93,43 @@ def device_name(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Where and with what a row was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "device": device_name(device),
         "driver": driver_version() if device.type == "cuda" else "",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": str(torch.backends.cudnn.version() or ""),
-        "commit": os.environ.get("LSTM_TRITON_COMMIT") or commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("LSTM_TRITON_COMMIT") or commit_here(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
+def commit_here() -> str:
+    """Of the checkout that this file is in."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def start(path: Path, resume: bool = False) -> list[Row]:
+    """The rows to go on from, none for a new file; OSError and RowsError are for the user. Nothing is overwritten."""
+    if path.exists():
+        if not resume:
+            raise FileExistsError(f"{path} is there already" + (": --resume goes on with it" if path.is_file() else ""))
+        return read_rows(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, [])
+    return []
+
+
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file; RowsError says what is wrong with a truncated or foreign one."""
-    text = path.read_text()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise RowsError(f"{path}: not text: {error}") from None
     reader = csv.reader(text.splitlines())
     header = next(reader, None)
     if header != COLUMNS:
@@ -120,17 +143,18 @@ def read_rows(path: Path) -> list[Row]:
         row = Row(*cells)
         try:
             numbers = [float(cell) for cell in (row.value, row.p20, row.p80, row.floor) if cell]
+            numbers += [int(cell) - 0.5 for cell in (getattr(row, name) for name in SIZES) if cell]
         except ValueError as error:
             raise RowsError(f"{path}: line {number}: {error}") from None
-        if bool(row.value) == bool(row.error) or any(number != number for number in numbers):
-            raise RowsError(f"{path}: line {number} must have either a value or an error")
+        if bool(row.value) == bool(row.error) or not all(0 <= one < float("inf") for one in numbers):
+            raise RowsError(f"{path}: line {number} must have either a value or an error, and sizes of at least 1")
         rows.append(row)
     return rows
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)

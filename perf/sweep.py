@@ -12,9 +12,11 @@ all. The file is whole after every shape and provider: Ctrl-C keeps what is done
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,10 +28,11 @@ from floor import measure as measure_ceilings
 from lstm_triton.kernels.compile import compile_pass
 from measure import Measurement, cold_ms, once
 from providers import PROVIDERS, Unsupported
-from rows import Row, RowsError, device_here, digits, provenance, read_rows, write_rows
+from rows import Row, RowsError, device_here, digits, provenance, start, write_rows
 from shapes import SETS, Shape
 from tqdm import tqdm
 
+from lstm_triton import LSTM, explain
 from lstm_triton.device import Device, device_of
 from lstm_triton.planner import NoPlan
 from lstm_triton.problem import PASSES, Problem
@@ -70,12 +73,13 @@ def expected(shape: Shape, provider: str, modes: list[str], device: torch.device
     return rows
 
 
-def configs_of(shape: Shape, provider: str, device: torch.device) -> str:
-    """The configs that our kernels run by, for the row."""
-    if not provider.startswith("ours") or device.type != "cuda":
+def configs_of(measurement: Measurement, provider: str) -> str:
+    """What our layers run by in training, for the row."""
+    lstm, x = getattr(measurement.module, "lstm", None), measurement.x
+    if not isinstance(lstm, LSTM) or not x.is_cuda:
         return ""
-    chosen = [plan_for(problem, device_of(device)) for problem in problems_of(shape)]
-    return " | ".join("" if isinstance(one, NoPlan) else f"{one.source}: {one.config.encode()}" for one in chosen)
+    layer = explain(lstm, x).layers[0]
+    return " | ".join(f"{one.source}: {one.config.encode()}" for one in layer.passes) or f"nn.LSTM: {layer.reason}"
 
 
 def problems_of(shape: Shape) -> list[Problem]:
@@ -89,24 +93,28 @@ def rows_for(
     """All rows of one provider on one shape; truth may be the reason why there is none."""
     device = device_here()
     wanted = expected(shape, provider, modes, device)
+    if isinstance(truth, str):
+        return [replace(row, error=truth) for row in wanted]
     try:
-        if isinstance(truth, str):
-            raise Unsupported(truth)
-        config = configs_of(shape, provider, device)
-        measured: dict[tuple[str, str], Times] = {}
-        timed = [mode for mode in modes_of(shape, modes) if mode != "cold"]
         measurement = Measurement(truth, provider, repeat)
-        for mode in timed:
-            measured |= {(mode, metric): times for metric, times in measurement.metrics(mode)}
-        if "cold" in modes_of(shape, modes):
-            measured["cold", "ms"] = once(cold_ms(shape, provider, device))
+        config = configs_of(measurement, provider)
     except Exception as error:  # whatever a provider raises is its result
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            torch.cuda.empty_cache()
         return [replace(row, error=_said(error)) for row in wanted]
+    found: dict[tuple[str, str], Times | str] = {}
+    for mode in modes_of(shape, modes):
+        try:
+            if mode == "cold":
+                found[mode, "ms"] = once(cold_ms(shape, provider, device))
+            else:
+                found |= {(mode, metric): times for metric, times in measurement.metrics(mode)}
+        except Exception as error:
+            found |= {(mode, row.metric): _said(error) for row in wanted if row.mode == mode}
     rows = []
     for row in wanted:
-        times = measured[row.mode, row.metric]
+        times = found[row.mode, row.metric]
+        if isinstance(times, str):
+            rows.append(replace(row, error=times))
+            continue
         floor = ""
         if row.metric == "ms" and row.mode in ("forward", "train"):
             floor = digits(ceilings.floor_ms(shape, row.mode))
@@ -137,18 +145,24 @@ def compile_ahead(shapes: list[Shape], device: Device, workers: int) -> None:
             chosen = plan_for(problem, device)
             if not isinstance(chosen, NoPlan):
                 saves = (True, False) if problem.which == "forward" else (True,)
-                jobs |= {(problem.which, chosen.config, shape, save) for save in saves}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                # How many batch tiles share a launch is no part of the binary.
+                config = replace(chosen.config, max_batch_tiles=0)
+                sizes = (shape.hidden_size, shape.torch_dtype, shape.precision, shape.directions)
+                jobs |= {(problem.which, config, sizes, save) for save in saves}
+    # Ctrl-C is for this process; and what fails here will be met, and recorded, where the kernel is launched.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with (
+        contextlib.suppress(BrokenExecutor),
+        ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool,
+    ):
         futures = [pool.submit(_compile, job, device.arch) for job in jobs]
         for future in tqdm(futures, desc="compiling", unit="kernel", disable=None):
-            future.exception()  # it will be met, and recorded, where the kernel is launched
+            future.exception()
 
 
 def _compile(job: tuple, arch: str) -> None:
-    which, config, shape, save = job
-    dtype = getattr(torch, shape.torch_dtype)
-    sizes = (shape.hidden_size, dtype, shape.precision, shape.directions)
-    compile_pass(which, config, arch, *sizes, save=save, state=False)
+    which, config, (hidden_size, dtype, precision, directions), save = job
+    compile_pass(which, config, arch, hidden_size, getattr(torch, dtype), precision, directions, save=save, state=False)
 
 
 def positive(text: str) -> int:
@@ -171,17 +185,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def start(path: Path, resume: bool) -> list[Row]:
-    """The rows to go on from; OSError and RowsError are for the user. Nothing is overwritten."""
-    if path.exists():
-        if not resume:
-            raise FileExistsError(f"{path} is there already: --resume goes on with it")
-        return read_rows(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, [])
-    return []
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -190,23 +193,30 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, RowsError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
-    device, shapes = device_here(), [shape for name in options.set for shape in SETS[name]]
+    device = device_here()
     where = provenance(device)
+    others = {row.device for row in rows} - {where["device"]}
+    if others:
+        print(f"sweep: {options.out} has rows of {', '.join(others)}, this is {where['device']}", file=sys.stderr)
+        return 2
+    # An error is tried again; the ceilings are those of the last run.
+    rows = [row for row in rows if row.value and row.provider != "ceiling"]
     done = {row.key() for row in rows}
-    work = [
-        (shape, [provider for provider in options.provider
-                 if any(row.key() not in done for row in expected(shape, provider, options.mode, device))])
-        for shape in shapes
-    ]  # fmt: skip
-    work = [(shape, providers) for shape, providers in work if providers]
+    work = []
+    for shape in dict.fromkeys(shape for name in options.set for shape in SETS[name]):
+        providers = [
+            name for name in dict.fromkeys(options.provider)
+            if any(row.key() not in done for row in expected(shape, name, options.mode, device))
+        ]  # fmt: skip
+        if providers:
+            work.append((shape, providers))
     if not work:
         print("nothing is left to measure")
         return 0
-    ceilings, found = measure_ceilings(device, sorted({shape.dtype for shape, _ in work}))
-    rows += rows_of(found, where)
-    write_rows(options.out, rows)
     bar = tqdm(total=sum(len(providers) for _, providers in work), unit="provider", disable=None)
     try:
+        ceilings, found = measure_ceilings(device, sorted({shape.dtype for shape, _ in work}))
+        rows += rows_of(found, where)
         if device.type == "cuda" and any(name.startswith("ours") for name in options.provider):
             compile_ahead([shape for shape, _ in work], device_of(device), options.workers)
         for shape, providers in work:
@@ -219,6 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
                 write_rows(options.out, rows)
                 tqdm.write("\n".join("  " + line(row) for row in new))
                 bar.update()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # after an error that the GPU does not recover from, this raises
+    except torch.AcceleratorError as error:
+        print(f"sweep: the GPU is lost, --resume goes on in a new process: {_said(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted: {len(rows)} rows are in {options.out}, --resume goes on", file=sys.stderr)
         return 130
@@ -232,9 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _truth(shape: Shape, device: torch.device) -> Truth | str:
     try:
         return Truth(shape, device)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "no fp64 truth to check against: out of memory"
+    except Exception as error:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return f"no fp64 truth to check against: {_said(error)}"
 
 
 if __name__ == "__main__":

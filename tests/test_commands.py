@@ -193,6 +193,25 @@ def test_tune_without_a_gpu_says_so() -> None:
     assert done.stderr.strip() == "lstm_triton tune: tuning measures on a GPU: there is none here"
 
 
+def test_explain_raises_what_the_call_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for arguments, complaint in (
+        ("--hidden-size 16 --dtype float64 --gpu sm_90 --backend triton", "is not possible: float64"),
+        ("--hidden-size 16 --proj-size -3 --gpu sm_90", "proj_size must be at least 0 and less than hidden_size"),
+        ("--hidden-size 16 --proj-size 16 --gpu sm_90", "proj_size must be"),
+    ):
+        assert main(["explain", "--input-size", "8", *arguments.split()]) == 2
+        assert complaint in capsys.readouterr().err
+    monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
+    assert main(["explain", "--input-size", "8", "--hidden-size", "16", "--dtype", "float64", "--gpu", "sm_90"]) == 2
+    assert "float64" in capsys.readouterr().err
+
+
+def test_the_self_check_of_the_doctor() -> None:
+    from lstm_triton.doctor import self_check
+
+    assert self_check(torch.device("cpu")).startswith("kernels ran; largest difference from nn.LSTM")
+
+
 def test_doctor(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_TRITON_STRICT", "perhaps")
     assert main(["doctor"]) == 0

@@ -71,6 +71,8 @@ def _changed(*path, value) -> str:
     ("text", "complaint"),
     [
         ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (_changed("entries", 0, "measured", value={}), "the fastest config has no time"),
         (table().dump()[:-40], "not JSON"),
         ("[]", "format 'list', expected 1"),
         ("{}", "format None, expected 1"),

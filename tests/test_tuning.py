@@ -65,6 +65,8 @@ def test_a_plan_comes_from_the_table_first() -> None:
         Config("grid", "mailbox", True, True, 1, 64, 128, 512, 8),  # more shared memory than there is
         Config("grid", "mailbox", True, True, 1, 64, 16, 256, 4),  # spills
         Config("local", "none", True, True, 1, 16, 256, 256, 8),  # does not hold H
+        Config("grid", "flags", True, True, 1, 16, 16, 256, 7),  # no power of two of warps
+        Config("grid", "flags", True, True, 1, 16, 16, 256, 0),
     ],
 )
 def test_an_entry_that_does_not_fit_is_not_used(config: Config) -> None:
@@ -133,8 +135,24 @@ def test_a_table_of_no_use_is_ignored_with_one_warning(text: str, complaint: str
 def test_a_cache_folder_that_cannot_be_written(own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     (own_cache / "file").touch()
     monkeypatch.setenv("LSTM_TRITON_CACHE_DIR", str(own_cache / "file"))
-    store.keep(table(), H100)
+    other = replace(PROBLEM, which="backward")
+    for problem in (PROBLEM, other):
+        store.keep(bucket_of(problem), table().entries[bucket_of(PROBLEM)], H100)
     assert "kept for this process only" in caplog.text
+    assert set(store.active_table(H100).entries) == {bucket_of(PROBLEM), bucket_of(other)}
+
+
+def test_what_cannot_be_looked_at_is_no_table(own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setenv("LSTM_TRITON_CACHE_DIR", str(own_cache / ("x" * 300)))
+    assert store.active_table(H100) is NO_TABLE
+    assert "is ignored" in caplog.text
+
+
+def test_a_foreign_table_is_left_alone_by_tuning(caplog) -> None:
+    text = table(kernels="0" * 64).dump()
+    path = write(text=text)
+    store.keep(bucket_of(PROBLEM), table().entries[bucket_of(PROBLEM)], H100)
+    assert path.read_text() == text
     assert bucket_of(PROBLEM) in store.active_table(H100).entries
 
 
@@ -171,7 +189,7 @@ def test_all_ranks_use_one_table(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120) for process in running]
     assert [out.strip() for out, _ in outputs] == [
         "1 h100-132, as on every rank",
-        "1 no table, as on every rank",
+        "1 h100-132, as on every rank",
     ], outputs
 
 
@@ -232,7 +250,7 @@ def test_no_tensor_but_scratch_is_touched() -> None:
 
 
 def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "active_table", lambda device: store.user_table(device))
+    monkeypatch.setattr(store, "active_table", lambda device: store.read(store.user_path(device), device))
     first_call.tune(TINY, INTERPRETER, CPU)
     written = load(store.user_path(INTERPRETER))
     assert list(written.entries) == [bucket_of(TINY)]
@@ -240,6 +258,80 @@ def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPat
     first_call.tune(replace(TINY, batch=9), INTERPRETER, CPU)
     first_call._TRIED.clear()
     first_call.tune(TINY, INTERPRETER, CPU)
+
+
+def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a custom operator runs nothing records gradients, and the search needs them: both passes of a module."""
+    from lstm_triton import LSTM, ops
+
+    tuned = []
+    real = ops.plan_for
+
+    def tune_and_plan(problem, device):
+        first_call.tune(problem, device, CPU)
+        tuned.append(problem.which)
+        return real(problem, device)
+
+    monkeypatch.setattr(ops, "plan_for", tune_and_plan)
+    module = LSTM(3, 16, backend="triton", precision="ieee")
+    out, _ = module(torch.randn(2, 2, 3))
+    out.sum().backward()
+    assert tuned == ["forward", "backward"]
+    assert {bucket.which for bucket in load(store.user_path(INTERPRETER)).entries} == {"forward", "backward"}
+
+
+def test_what_forward_saves_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.ops.lstm_triton.layer
+
+    def forgetful(*arguments):
+        out, h_n, c_n, gates, cells = real(*arguments)
+        with torch.no_grad():
+            cells.fill_(float("nan"))
+        return out, h_n, c_n, gates, cells
+
+    monkeypatch.setattr(torch.ops.lstm_triton, "layer", forgetful)
+    assert search_configs(TINY, INTERPRETER, CPU, math.inf) is None
+
+
+def test_a_compiler_that_dies_takes_one_config_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import BrokenExecutor, Future
+
+    class Pool:
+        def submit(self, function, config, *rest):
+            future = Future()
+            if config.block_b == 32 or self.broken:
+                self.broken = True
+                future.set_exception(BrokenExecutor("gone"))
+            else:
+                future.set_result("")
+            return future
+
+        broken = False
+
+    class Single(Pool):
+        def __init__(self, *arguments) -> None:
+            self.broken = False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error) -> None:
+            pass
+
+    monkeypatch.setattr(search, "ProcessPoolExecutor", Single)
+    entry = search_configs(TINY, INTERPRETER, CPU, math.inf, pool=Pool())
+    assert [value for value in entry.measured.values() if isinstance(value, str)] == ["the compiler ended its process"]
+    assert len(entry.measured) == 3
+
+
+def test_ranks_whose_store_cannot_compare(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    class Store:
+        def compare_set(self, *arguments):
+            raise RuntimeError("not implemented\nat all")
+
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Store)
+    assert store.agreed(table(), H100) is NO_TABLE
+    assert "the ranks cannot agree on one: not implemented" in caplog.text
 
 
 def call(**changes) -> Call:

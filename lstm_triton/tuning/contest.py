@@ -42,6 +42,7 @@ def hold(call: Call, precision: str, device: Device, where: torch.device) -> Ite
 
 
 def _milliseconds(module: nn.Module, x: torch.Tensor, training: bool) -> float:
+    module.train(training)
     x = x.clone().requires_grad_(training)
     cotangent = torch.ones((), device=x.device, dtype=x.dtype)
 

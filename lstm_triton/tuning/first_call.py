@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -24,8 +24,10 @@ def tune(problem: Problem, device: Device, where: torch.device) -> None:
     bucket = bucket_of(problem)
     if (device, bucket) in _TRIED or bucket in store.active_table(device).entries:
         return
-    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return  # nothing can be timed inside a graph; the first call outside one will
+    if where.type == "cuda":
+        with torch.cuda.device(where):
+            if torch.cuda.is_current_stream_capturing():
+                return  # nothing can be timed inside a graph; the first call outside one will
     _TRIED.add((device, bucket))
     if store.is_shared():
         logger.warning("LSTM_TRITON_AUTOTUNE=on tunes nothing under torch.distributed: run `tune` before")
@@ -33,7 +35,12 @@ def tune(problem: Problem, device: Device, where: torch.device) -> None:
     if isinstance(plan(problem, device), NoPlan):
         return
     logger.warning("tuning %s, for at most %.0f seconds", problem, SECONDS)
-    entry = search(problem, device, where, time.monotonic() + SECONDS)
+    # In a thread of its own: inside an operator, where this is called, nothing records gradients.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            entry = thread.submit(search, problem, device, where, time.monotonic() + SECONDS).result()
+        except Exception as error:  # the call itself must go on, by the heuristic's plan
+            logger.warning("tuning failed, the heuristic's plan is used: %s: %s", type(error).__name__, error)
+            return
     if entry is not None:
-        table = store.user_table(device)
-        store.keep(replace(table, entries={**table.entries, bucket: entry}), device)
+        store.keep(bucket, entry, device)

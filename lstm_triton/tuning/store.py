@@ -10,14 +10,16 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from ..device import Device
+from ..problem import Bucket
 from ..settings import AUTOTUNE, CACHE_DIR, cache_dir
-from .table import NO_TABLE, Table, TableError, kernels_hash, load, parse
+from .table import NO_TABLE, Entry, Table, TableError, kernels_hash, load, parse
 
 SHIPPED = Path(__file__).parent / "shipped"
 _IN_USE: dict[Device, Table] = {}  # goes before the files: `using`, and a table that could not be written
@@ -69,11 +71,11 @@ def _found(device: Device, folder: str, shared: bool) -> Table:
 
 def read(path: Path, device: Device) -> Table:
     """The table of a file if it speaks for the device; otherwise none, and a warning."""
-    if not path.exists():
-        return NO_TABLE
     try:
         table = load(path)
         problem = table.mismatch(device)
+    except FileNotFoundError:
+        return NO_TABLE
     except (OSError, TableError) as error:
         problem = str(error)
     if problem:
@@ -86,19 +88,24 @@ def new_table(device: Device, made: dict[str, str]) -> Table:
     return Table(Path(file_name(device)).stem, kernels_hash(), device.name, device.arch, device.multiprocessors, made)
 
 
-def user_table(device: Device) -> Table:
-    """The user's table, or an empty one."""
-    table = read(user_path(device), device)
-    return new_table(device, {}) if table is NO_TABLE else table
-
-
-def keep(table: Table, device: Device) -> None:
-    """Write the user's table and use it from now on; without a place to write it, for this process only."""
+def keep(bucket: Bucket, entry: Entry, device: Device) -> None:
+    """Add to the user's table; where it cannot be written, or is not ours to write, for this process only."""
+    added = {bucket: entry}
     try:
-        table.save(user_path(device))
-    except OSError as error:
-        logger.warning("the tuned table could not be written, it is kept for this process only: %s", error)
-        _IN_USE[device] = table
+        mine = load(user_path(device))
+        problem = mine.mismatch(device)
+    except FileNotFoundError:
+        mine, problem = new_table(device, {}), ""
+    except (OSError, TableError) as error:
+        mine, problem = NO_TABLE, str(error)
+    if not problem:
+        try:
+            replace(mine, entries={**mine.entries, **added}).save(user_path(device))
+        except OSError as error:
+            problem = str(error)
+    if problem:
+        logger.warning("the tuned table is not written, what was tuned is kept for this process only: %s", problem)
+        _IN_USE[device] = replace(new_table(device, {}), entries=added).over(active_table(device))
     _found.cache_clear()
 
 
@@ -114,6 +121,12 @@ def agreed(table: Table, device: Device) -> Table:
     Through the process group's store and not by a collective: a rank that runs no LSTM must not be
     waited for.
     """
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store_of_group = torch.distributed.distributed_c10d._get_default_store
     key = f"lstm_triton/table/{file_name(device)}/{kernels_hash()}"
-    return parse(store.compare_set(key, "", table.dump()).decode(), f"{table.name}, as on every rank")
+    try:
+        text = store_of_group().compare_set(key, "", f"{table.name}\n{table.dump()}").decode()
+    except (RuntimeError, ValueError) as error:  # not every store can; every rank then finds the same
+        logger.warning("no tuned table is used: the ranks cannot agree on one: %s", str(error).partition("\n")[0])
+        return NO_TABLE
+    name, _, text = text.partition("\n")
+    return parse(text, f"{name}, as on every rank")

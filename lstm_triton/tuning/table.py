@@ -135,6 +135,7 @@ class Table:
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(self.dump())
+            os.chmod(temporary, 0o644)  # a cache folder may be shared
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -148,7 +149,7 @@ def parse(text: str, name: str) -> Table:
     """The inverse of `Table.dump`; TableError for anything else."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -191,7 +192,10 @@ def _entry(row: dict[str, Any]) -> tuple[Bucket, Entry]:
         Config.decode(text)
         if not isinstance(value, str) and not _of_type(value, float) > 0:
             raise ValueError(f"a time must be positive, got {value!r}")
-    return _key(row, Bucket), Entry(Config.decode(row["config"]), measured, _of_type(row["complete"], bool))
+    config = Config.decode(row["config"])
+    if isinstance(measured.get(row["config"], ""), str):
+        raise ValueError(f"the fastest config has no time: {row['config']!r}")
+    return _key(row, Bucket), Entry(config, measured, _of_type(row["complete"], bool))
 
 
 def _contest(row: dict[str, Any]) -> tuple[Bout, Contest]:

@@ -16,18 +16,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from tqdm import tqdm
 
 from ..device import Device
-from ..planner import NoPlan, refusal
+from ..kernels.compile import compile_pass
+from ..planner import NoPlan, plan
 from ..problem import PASSES, Bucket, Problem, bucket_of
 from ..routing import bout_of, kernel_device
 from . import contest, store
@@ -62,10 +64,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES.split(), metavar="SHAPE",
                          help="shapes HxB or HxBxD, or files with such words (default: %(default)s)")  # fmt: skip
     command.add_argument("--dtype", nargs="+", choices=TYPES, default=["bfloat16", "float16", "float32-tf32"])
-    command.add_argument("--budget", type=float, metavar="SECONDS", help="stop after this long (default: when done)")
+    command.add_argument(
+        "--budget", type=_positive(float), metavar="SECONDS", help="stop after this long (default: when done)"
+    )
     command.add_argument("--out", type=Path, metavar="FILE", help="the table (default: the user's cache folder)")
     command.add_argument("--again", action="store_true", help="measure what the table has, too")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile ahead")
+    command.add_argument(
+        "--workers", type=_positive(int), default=os.cpu_count() or 1, help="processes that compile ahead"
+    )
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+        return value
+
+    return read
 
 
 def parse_shapes(words: list[str], types: list[str]) -> list[Shape]:
@@ -98,9 +117,10 @@ def run(options: argparse.Namespace) -> int:
         here = "there is none here" if where.type == "cpu" else device.reason
         raise RuntimeError(f"tuning measures on a GPU: {here}")
     for shape in shapes:
-        none = refusal(device, shape.dtype, shape.precision)
-        if none is not None:
-            raise RuntimeError(none.reason)
+        for problem in shape.problems():
+            chosen = plan(problem, device)
+            if isinstance(chosen, NoPlan):
+                raise RuntimeError(chosen.reason)
     path = options.out or store.user_path(device)
     tuner = Tuner(_start(path, device), path, device, where, options.again)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +164,7 @@ class Tuner:
                     done.add(bucket_of(problem))
                 if self.where.type == "cuda" and time.monotonic() < deadline:
                     bar.set_postfix_str(f"against nn.LSTM H={shape.hidden_size} B={shape.batch} {shape.dtype}")
-                    self._contest(shape)
+                    self._contest(shape, pool)
                 bar.update()
 
     def _search(self, problem: Problem, deadline: float, pool: Executor | None, bar: tqdm) -> None:
@@ -166,7 +186,10 @@ class Tuner:
             self.table = replace(self.table, entries={**self.table.entries, bucket: entry})
             self._save()
 
-    def _contest(self, shape: Shape) -> None:
+    def _contest(self, shape: Shape, pool: Executor | None) -> None:
+        if pool is not None:
+            with contextlib.suppress(BrokenExecutor):  # then they compile as they are launched
+                self._compile_ahead(shape, pool)
         with store.using(self.table, self.device):
             results = dict(self.table.contests)
             for call in contest.calls_of(shape.hidden_size, shape.batch, shape.directions, shape.dtype, self.device):
@@ -174,6 +197,20 @@ class Tuner:
                     results.update(contest.hold(call, shape.precision, self.device, self.where))
         self.table = replace(self.table, contests=results)
         self._save()
+
+    def _compile_ahead(self, shape: Shape, pool: Executor) -> None:
+        """The binaries of a call without an initial state, which the contest makes."""
+        futures = []
+        for problem in shape.problems():
+            chosen = plan(problem, self.device, self.table)
+            assert not isinstance(chosen, NoPlan)
+            for save in (True, False) if problem.which == "forward" else (True,):
+                options = {"save": save, "state": False}
+                sizes = (shape.hidden_size, getattr(torch, shape.dtype), shape.precision, shape.directions)
+                given = (problem.which, chosen.config, self.device.arch, *sizes)
+                futures.append(pool.submit(_compile, *given, **options))
+        for future in futures:
+            future.exception()  # it will be met where the kernel is launched
 
     def _save(self) -> None:
         """With what another process may have added to the file."""
@@ -201,6 +238,10 @@ def _start(path: Path, device: Device) -> Table:
     if problem:
         raise RuntimeError(f"{path} is of no use here, {problem}; move it away first")
     return replace(table, made=made)
+
+
+def _compile(*arguments: Any, **options: Any) -> None:
+    compile_pass(*arguments, **options)  # for the cache on disk: a binary cannot be sent
 
 
 @contextlib.contextmanager
