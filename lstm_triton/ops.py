@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import reference
 from .hoisted import initial_gradient, previous_hidden, reset_gradient
 from .kernels.backward import lstm_backward
 from .kernels.config import Config, Layout
@@ -27,7 +28,7 @@ from .kernels.forward import lstm_forward
 from .planner import NoPlan
 from .precision import matmul_precision, resolve_precision
 from .problem import PASSES, Problem
-from .routing import kernel_device, plan_for
+from .routing import kernel_device, plan_for, warn_once_of_the_loop
 from .settings import AUTOTUNE
 
 
@@ -220,11 +221,11 @@ def _(dout, dh_n, dc_n, x, w_ih, w_hh, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, w_ih, w_hh, _, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan = inputs
+    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan = inputs
     out, _, _, gates, cells = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates, cells)
-    ctx.save_for_backward(x, w_ih, w_hh, out, gates, cells, h_0, c_0, lengths, reset, reset_h, reset_c)
+    ctx.save_for_backward(x, w_ih, w_hh, bias, out, gates, cells, h_0, c_0, lengths, reset, reset_h, reset_c)
     ctx.options = (batch_first, precision, plan)
     ctx.saved_for_use = save
 
@@ -236,9 +237,48 @@ def _backward(ctx, dout, dh_n, dc_n, dgates, dcells):
     wanted = [*ctx.needs_input_grad[:6], *ctx.needs_input_grad[8:10]]
     if dout is None and dh_n is None and dc_n is None:
         return (None,) * 14
-    grads = iter(layer_backward(dout, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, wanted))
+    x, w_ih, w_hh, bias, *rest = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        _, _, _, h_0, c_0, lengths, reset, reset_h, reset_c = rest
+        inputs = [x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c]
+        found = _with_a_graph([dout, dh_n, dc_n], inputs, lengths, reset, ctx.options[0], wanted)
+    else:
+        found = layer_backward(dout, dh_n, dc_n, x, w_ih, w_hh, *rest, *ctx.options, wanted)
+    grads = iter(found)
     of_inputs = [next(grads) if want else None for want in wanted]
     return (*of_inputs[:6], None, None, *of_inputs[6:], None, None, None, None)
+
+
+def _with_a_graph(
+    cotangents: list[Tensor | None],
+    inputs: list[Tensor | None],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients of `inputs` as functions that autograd can differentiate again: step by step."""
+    x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c = inputs
+    assert x is not None
+    assert w_ih is not None
+    assert w_hh is not None
+    if x.is_cuda:
+        warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
+    results = reference.layer_forward(
+        x,
+        w_ih,
+        w_hh,
+        bias,
+        None if h_0 is None or c_0 is None else (h_0, c_0),
+        batch_first=batch_first,
+        lengths=lengths,
+        reset=reset,
+        reset_state=None if reset_h is None or reset_c is None else (reset_h, reset_c),
+    )[:3]
+    pairs = [(result, given) for result, given in zip(results, cotangents) if given is not None]
+    targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
+    given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]
+    return list(torch.autograd.grad(*given, create_graph=True, materialize_grads=True))
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)

@@ -206,5 +206,5 @@ def _log_once(reason: str) -> None:
 
 @cache
 def warn_once_of_the_loop(reason: str) -> None:
-    """lengths and reset without the kernels are a Python loop over time: slow on a GPU, so say it aloud."""
-    logger.warning("LSTM with lengths or reset runs step by step in plain PyTorch: %s", reason)
+    """What neither the kernels nor aten do is a Python loop over time: slow on a GPU, so say it aloud."""
+    logger.warning("LSTM runs step by step in plain PyTorch: %s", reason)
