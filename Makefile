@@ -22,7 +22,7 @@ types: .venv/installed
 
 # Everything that runs in Triton's interpreter.
 pytest: .venv/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu and not aot"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot"
 
 # Everything that needs compiled kernels: ahead of time, and on the GPU if there is one.
 compile: .venv/installed

@@ -108,5 +108,5 @@ def self_check(where: torch.device) -> str:
             grads = [torch.autograd.grad(result.square().sum(), w_hh)[0] for result, w_hh in pairs]
     except Exception as error:  # the report must come out whatever is wrong
         return f"FAILED: {type(error).__name__}: {error}"
-    output, gradient = float((out - want).abs().max()), float((grads[0] - grads[1]).abs().max())
+    output, gradient = float((out - want).detach().abs().max()), float((grads[0] - grads[1]).abs().max())
     return f"kernels ran; largest difference from nn.LSTM {output:.1e} (output), {gradient:.1e} (gradient of W_hh)"

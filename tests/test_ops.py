@@ -116,14 +116,6 @@ def test_backward_modifies_nothing() -> None:
             assert torch.equal(old, new)
 
 
-def test_double_backward_is_an_error() -> None:
-    inputs = arguments(Case(), torch.float64)
-    out = torch.ops.lstm_triton.layer(*inputs)[0]
-    (dx,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="layer_backward"):
-        torch.autograd.grad(dx.sum(), inputs[0])
-
-
 def weights_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
     given = {n: t.float() if t is not None and t.is_floating_point() else t for n, t in case.tensors().items()}
     return given["x"], [given["w_ih"][0], given["w_hh"][0], given["bias"][0], given["bias"][0]]
