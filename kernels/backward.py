@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell import lstm_backward_step
+from .cell import lstm_backward_step, lstm_gates_backward
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
-from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, time_of
+from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, runs_reversed, time_of
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -30,6 +30,8 @@ def lstm_backward_kernel(
     dout,  # [rows, D, H] or None: zeros
     dh_n,  # [D, B, H] or None: zeros
     dc_n,  # [D, B, H] or None: zeros
+    dcells,  # [rows, D, H] or None: zeros
+    dactivated,  # [rows, D, 4, H] or None: zeros
     gates,  # [rows, D, 4, H]
     cells,  # [rows, D, H]
     c_0,  # [D, B, H] or None: zeros
@@ -52,6 +54,7 @@ def lstm_backward_kernel(
     step_end,
     H: tl.constexpr,
     D: tl.constexpr,
+    ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
     PLACEMENT: tl.constexpr,
     PROTOCOL: tl.constexpr,
@@ -69,7 +72,7 @@ def lstm_backward_kernel(
     hidden_tile = tl.program_id(0)
     batch_tile = first_tile + tl.program_id(1)
     direction = tl.program_id(2)
-    reverse = direction == 1
+    reverse = runs_reversed(direction, ORDER)
     b, unit, in_batch, owned, state, length = own_tile(
         hidden_tile, batch_tile, direction, lengths, batch, seq_len, H, UNITS_FIRST, BLOCK_B, BLOCK_H
     )
@@ -141,8 +144,17 @@ def lstm_backward_kernel(
                 dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
         dh += dh_rec
 
-        da_i, da_f, da_g, da_o, dc_prev = lstm_backward_step(i, f, g, o, c, c_prev, dh, dc)
         live = per_row(active, UNITS_FIRST) & owned
+        if dcells is not None:
+            sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+            dc += tl.load(dcells + sequence, mask=live, other=0.0).to(compute)
+        di, df, dg, do, dc_prev = lstm_backward_step(i, f, g, o, c, c_prev, dh, dc)
+        if dactivated is not None:
+            di += tl.load(dactivated + offset, mask=live, other=0.0).to(compute)
+            df += tl.load(dactivated + offset + H, mask=live, other=0.0).to(compute)
+            dg += tl.load(dactivated + offset + 2 * H, mask=live, other=0.0).to(compute)
+            do += tl.load(dactivated + offset + 3 * H, mask=live, other=0.0).to(compute)
+        da_i, da_f, da_g, da_o = lstm_gates_backward(i, f, g, o, di, df, dg, do)
         # Beyond its length a row's saved gates mean nothing, not even a finite number.
         d_i = publishable(tl.where(live, da_i, 0.0), dtype)
         d_f = publishable(tl.where(live, da_f, 0.0), dtype)
@@ -173,9 +185,9 @@ def lstm_backward_kernel(
         tl.store(carry_dc + state, dc, mask=owned)
         if dc_reset is not None:
             tl.store(carry_dc_reset + state, dc_fresh, mask=owned)
-    tl.store(dc_0 + state, dc.to(dtype), mask=owned)
+    tl.store(dc_0 + state, dc.to(dc_0.dtype.element_ty), mask=owned)
     if dc_reset is not None:
-        tl.store(dc_reset + state, dc_fresh.to(dtype), mask=owned)
+        tl.store(dc_reset + state, dc_fresh.to(dc_reset.dtype.element_ty), mask=owned)
 
 
 def lstm_backward(
@@ -192,25 +204,32 @@ def lstm_backward(
     lengths: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
     reset_c: torch.Tensor | None = None,
+    order: str | None = None,
+    dcells: torch.Tensor | None = None,
+    dactivated: torch.Tensor | None = None,
     launch: Launcher = run,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the backward recurrence of one layer -> dgates [rows, D, 4H], dc_0 and, with reset_c, its gradient.
 
-    All tensors are contiguous and of one floating type; nothing given is modified.
+    All tensors are contiguous and of one floating type, but for c_0, reset_c and dc_n, which may have
+    any; nothing given is modified. dcells [rows, D, H], dactivated [rows, D, 4H]: gradients of the saved
+    cells and activated gates themselves. The gradients of c_0 and reset_c come in the compute type.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
     dgates = torch.empty_like(gates)
-    dc_0 = gates.new_empty((directions, layout.batch, hidden_size))
+    dtype = compute_dtype(gates.dtype)
+    dc_0 = gates.new_empty((directions, layout.batch, hidden_size), dtype=dtype)
     dc_reset = torch.empty_like(dc_0) if reset_c is not None else None
     carry_dc = carry_dc_reset = None
     if config.placement == "stepwise":
-        dtype = compute_dtype(gates.dtype)
-        carry_dc = torch.zeros_like(dc_0, dtype=dtype) if dc_n is None else dc_n.to(dtype, copy=True)
+        carry_dc = torch.zeros_like(dc_0) if dc_n is None else dc_n.to(dtype, copy=True)
         carry_dc_reset = torch.zeros_like(carry_dc) if reset_c is not None else None
     arguments = {
         "dout": dout,
         "dh_n": dh_n,
         "dc_n": dc_n,
+        "dcells": dcells,
+        "dactivated": dactivated,
         "gates": gates,
         "cells": cells,
         "c_0": c_0,
@@ -224,6 +243,6 @@ def lstm_backward(
         "lengths": lengths,
         "reset": None if reset is None else reset.view(torch.uint8),
     }
-    recurrence = Recurrence(config, layout, hidden_size, directions, precision, dgates, backward=True)
+    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, dgates, backward=True)
     launch(lstm_backward_kernel, recurrence, arguments)
     return dgates, dc_0, dc_reset

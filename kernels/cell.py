@@ -37,11 +37,13 @@ def lstm_forward_step(a_i, a_f, a_g, a_o, c_prev):
 
 @triton.jit
 def lstm_backward_step(i, f, g, o, c, c_prev, dh, dc):
-    """Gradients of h_t and c_t -> those of the four pre-activations and of c_{t-1}."""
+    """Gradients of h_t and c_t -> those of the four activated gates and of c_{t-1}."""
     tanh_c = tanh(c)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
-    da_i = dc * g * i * (1.0 - i)
-    da_f = dc * c_prev * f * (1.0 - f)
-    da_g = dc * i * (1.0 - g * g)
-    da_o = dh * tanh_c * o * (1.0 - o)
-    return da_i, da_f, da_g, da_o, dc * f
+    return dc * g, dc * c_prev, dc * i, dh * tanh_c, dc * f
+
+
+@triton.jit
+def lstm_gates_backward(i, f, g, o, d_i, d_f, d_g, d_o):
+    """Gradients of the activated gates -> those of the pre-activations."""
+    return d_i * i * (1.0 - i), d_f * f * (1.0 - f), d_g * (1.0 - g * g), d_o * o * (1.0 - o)

@@ -20,7 +20,7 @@ from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .product import multiply, recurrent_product, resident_weights, zero_product
-from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, split_gates, time_of
+from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, runs_reversed, split_gates, time_of
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -49,6 +49,7 @@ def lstm_forward_kernel(
     step_end,
     H: tl.constexpr,
     D: tl.constexpr,
+    ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
     SAVE: tl.constexpr,
     PLACEMENT: tl.constexpr,
@@ -67,7 +68,7 @@ def lstm_forward_kernel(
     hidden_tile = tl.program_id(0)
     batch_tile = first_tile + tl.program_id(1)
     direction = tl.program_id(2)
-    reverse = direction == 1
+    reverse = runs_reversed(direction, ORDER)
     b, unit, in_batch, owned, state, length = own_tile(
         hidden_tile, batch_tile, direction, lengths, batch, seq_len, H, UNITS_FIRST, BLOCK_B, BLOCK_H
     )
@@ -154,7 +155,7 @@ def lstm_forward_kernel(
         tl.store(carry_h + state, h, mask=owned)
         tl.store(carry_c + state, c, mask=owned)
     tl.store(h_n + state, h.to(dtype), mask=owned)
-    tl.store(c_n + state, c.to(dtype), mask=owned)
+    tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=owned)
 
 
 def lstm_forward(
@@ -168,17 +169,20 @@ def lstm_forward(
     lengths: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
     reset_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    order: str | None = None,
+    c_dtype: torch.dtype | None = None,
     launch: Launcher = run,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the forward recurrence of one layer -> out [rows, D, H], h_n, c_n [D, B, H], cells or None.
 
     gates [rows, D, 4H] is consumed: with `save` it holds the activated gates afterwards. All
-    tensors are contiguous and of one floating type; lengths [B] int32, reset [rows] bool.
+    tensors are contiguous and of one floating type, but for c_0, which may have any; lengths [B]
+    int32, reset [rows] bool. order: see `runs_reversed`, by default "both" for D = 2. c_dtype: of c_n.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
     out = gates.new_empty((layout.rows, directions, hidden_size))
     h_n = gates.new_empty((directions, layout.batch, hidden_size))
-    c_n = torch.empty_like(h_n)
+    c_n = torch.empty_like(h_n, dtype=c_dtype)
     cells = torch.empty_like(out) if save else None
     h_0, c_0 = state if state is not None else (None, None)
     reset_h, reset_c = reset_state if reset_state is not None else (None, None)
@@ -204,6 +208,6 @@ def lstm_forward(
         "reset": None if reset is None else reset.view(torch.uint8),
         "SAVE": save,
     }
-    recurrence = Recurrence(config, layout, hidden_size, directions, precision, out, backward=False)
+    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, out, backward=False)
     launch(lstm_forward_kernel, recurrence, arguments)
     return out, h_n, c_n, cells

@@ -41,11 +41,14 @@ def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[i
             yield first, min(wave, tiles - first), begin, end
 
 
-def constants(config: Config, hidden_size: int, directions: int, precision: str, dtype: torch.dtype) -> dict[str, Any]:
+def constants(
+    config: Config, hidden_size: int, directions: int, order: str | None, precision: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """The compile-time arguments that both recurrences share."""
     return {
         "H": hidden_size,
         "D": directions,
+        "ORDER": order or ("both" if directions == 2 else "forward"),
         "PRECISION": precision if dtype == torch.float32 else "ieee",  # there is no other for the rest
         "PLACEMENT": config.placement,
         "PROTOCOL": config.protocol,
@@ -72,12 +75,17 @@ def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """One pass to be launched; `exchanged` is the buffer that programs hand each other."""
+    """One pass to be launched.
+
+    order: which sets of weights run in reverse, "forward", "reverse" or "both"; see `runs_reversed`.
+    exchanged: the buffer that programs hand each other.
+    """
 
     config: Config
     layout: Layout
     hidden_size: int
     directions: int
+    order: str | None
     precision: str
     exchanged: torch.Tensor
     backward: bool
@@ -95,7 +103,7 @@ class Recurrence:
             flags = exchanged.new_zeros((self.directions, batch_tiles, hidden_tiles), dtype=torch.int32)
         elif config.protocol == "mailbox":
             exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
-        shared = constants(config, self.hidden_size, self.directions, self.precision, exchanged.dtype)
+        shared = constants(config, self.hidden_size, self.directions, self.order, self.precision, exchanged.dtype)
         shared |= compile_options(config, nvidia) | {
             "flags": flags,
             "batch": layout.batch,

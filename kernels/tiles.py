@@ -6,6 +6,8 @@ the first operand of the dot, which keeps them on the wide axis of the matrix un
 Sequence buffers are row major: row(t, b) = t * row_stride_t + b * row_stride_b, (B, 1) for
 time-major and (1, T) for batch-first, followed by [D, 4, H] (gates, dgates) or [D, H] (out, cells,
 dout). Rows are int64: T * B * 4H may pass 2^31. State buffers are [D, B, H].
+
+D counts sets of weights: the directions of a layer, or of each member of an ensemble in turn.
 """
 
 import triton
@@ -57,6 +59,17 @@ def own_tile(
     if lengths is not None:
         length = tl.load(lengths + b, mask=in_batch, other=0).to(tl.int32)
     return b, unit, in_batch, owned, state, length
+
+
+@triton.jit
+def runs_reversed(direction, ORDER: tl.constexpr):
+    """Whether this set of weights goes from a row's end to its start; of "both" every second does."""
+    if ORDER == "both":
+        return direction % 2 == 1
+    elif ORDER == "reverse":
+        return direction >= 0
+    else:
+        return direction < 0
 
 
 @triton.jit

@@ -3,10 +3,21 @@
 from lstm_triton import LSTM  # in place of torch.nn.LSTM
 """
 
-from . import functional
+from . import convert, functional
 from ._version import __version__
 from .explain import explain
+from .exporting import decompositions
 from .module import LSTM, LSTMCell
 from .patching import patch, unpatch
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "functional", "patch", "unpatch"]
+__all__ = [
+    "LSTM",
+    "LSTMCell",
+    "__version__",
+    "convert",
+    "decompositions",
+    "explain",
+    "functional",
+    "patch",
+    "unpatch",
+]

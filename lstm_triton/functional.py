@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from . import batching as batching  # registers what vmap makes of the operators
 from . import ops, reference
-from .projection import projected_layer
+from .projection import LayerResult, projected_layer
 from .routing import (
     BACKENDS,
     PRECISIONS,
+    aten_can,
     autocast_is_on,
     check_choice,
     kernel_refusal,
+    needs_gradient,
     warn_once_of_the_loop,
 )
-from .validation import State, check_call, reset_state_of, weights_per_state
+from .validation import State, check_call, check_recompute, check_states, reset_state_of, weights_per_state
+
+KEEP = {"none": "all", "gates": "cells"}  # what the operator keeps for a recompute mode; "chunk:K" is both
+
+
+class States(NamedTuple):
+    """What `return_states` asks for, a tensor for each layer in [S] = [T, B] or [B, T]; None for the rest.
+
+    c: cell states [S, D * H]; layers: outputs h [S, D * H], or P with projections, before dropout; gates: activated
+    gates i, f, g, o [S, D, 4, H]. Steps beyond a row's length are 0. Gradients flow through all of them.
+    """
+
+    c: tuple[Tensor, ...] | None = None
+    layers: tuple[Tensor, ...] | None = None
+    gates: tuple[Tensor, ...] | None = None
+
+    def map(self, change: Callable[[Tensor], Any]) -> States:
+        """The same with every tensor changed."""
+        return States(*(None if of_layers is None else tuple(map(change, of_layers)) for of_layers in self))
 
 
 def lstm(
@@ -36,15 +59,21 @@ def lstm(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reset_state: State | None = None,
+    return_states: Sequence[str] = (),
+    recompute: str = "none",
+    batch_invariant: bool = False,
     backend: str = "auto",
     precision: str = "",
     plan: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     """Run a stacked LSTM over a batch of sequences.
+
+    Under `torch.func.vmap` over weights (and inputs, if they differ) the members of an ensemble run side by side in
+    one launch.
 
     Args:
         input: [T, B, input_size], or [B, T, input_size] with batch_first.
-        hx: h_0 and c_0, [num_layers * D, B, H]; None for zeros.
+        hx: h_0 and c_0, [num_layers * D, B, H], of any floating types; None for zeros. c_0 is read in its own type.
         weights: per layer and direction weight_ih [4H, I], weight_hh [4H, H] and, with bias,
             bias_ih [4H], bias_hh [4H]; gate order i, f, g, o, as in `nn.LSTM._flat_weights`. With
             proj_size = P, weight_hh is [4H, P] and weight_hr [P, H] comes last.
@@ -57,6 +86,13 @@ def lstm(
             two directions the row is cut there into independent sequences.
         reset_state: h and c that a marked row takes in place of zeros, each [num_layers * D, H] for
             all rows (learnable: gradients sum over rows and resets) or [num_layers * D, B, H].
+        return_states: any of "c", "layers" and "gates", to be returned for every step; see `States`.
+        recompute: what the backward pass computes again in place of keeping it. "none"; "gates": the gates, by GEMMs
+            over the sequence (kept: h and c of every step); "chunk:K": everything, K steps at a time (kept: h and c of
+            every K-th step). On PyTorch's path either mode computes a whole layer again.
+        batch_invariant: row i of every result and of the input's gradient has the same bits whatever the other rows
+            are, how many there are, and where a sequence is cut into calls. Slower; kernels only. c_n then comes in
+            float32 for 16-bit types: give it to the next call as it is.
         backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
             takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
             for the module only, whose weights can lie as cuDNN wants them.
@@ -65,15 +101,18 @@ def lstm(
         plan: configs to use in place of the planner's; see `ops`.
 
     Returns:
-        output [T, B, D * H] (or [B, T, D * H]), h_n and c_n [num_layers * D, B, H].
+        output [T, B, D * H] (or [B, T, D * H]), h_n and c_n [num_layers * D, B, H]; and `States` if asked for.
 
     Raises:
         RuntimeError: shapes that do not fit together, T = 0, tensors on different devices or of
             different types, or a path that cannot run.
+        ValueError: an unknown or contradictory choice.
     """
     check_choice("backend", backend, BACKENDS)
     if precision:
         check_choice("precision", precision, PRECISIONS)
+    check_recompute(recompute)
+    check_states(return_states, recompute)
     directions = 2 if bidirectional else 1
     input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
     states, hidden_size = num_layers * directions, weights[0].shape[0] // 4
@@ -82,9 +121,13 @@ def lstm(
     reset_state = reset_state_of(reset_state, reset, input, (states, batch, out_size, hidden_size))
     device, dtype = input.device, str(input.dtype).removeprefix("torch.")
     refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions)
-    if refusal and plan:
-        raise RuntimeError(f"a plan was given, and the kernels do not run: {refusal}")
-    if refusal and lengths is None and reset is None:
+    if refusal and (plan or batch_invariant):
+        given = "a plan was given" if plan else "batch_invariant is asked for"
+        raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
+    if hx is not None:
+        hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
+    plain = lengths is None and reset is None and not return_states and recompute == "none"
+    if refusal and plain and aten_can():
         if hx is None:
             hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
@@ -96,44 +139,71 @@ def lstm(
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
     def run(x, w_ih, w_hh, biases, state, fresh):
+        tensors = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)))
         if refusal:
-            marks = {"lengths": lengths, "reset": reset, "reset_state": fresh}
-            return reference.layer_forward(x, w_ih, w_hh, biases, state, batch_first=batch_first, **marks)[:3]
-        return _kernel_layer(x, w_ih, w_hh, biases, state, lengths, reset, fresh, batch_first, precision, plan)
+            return _reference_layer(tensors, batch_first, bidirectional, recompute)
+        options = (batch_first, bidirectional, _keep(tensors, recompute, return_states))
+        return LayerResult(*ops.layer(*tensors, *options, batch_invariant, precision, plan))
 
-    h_n, c_n = [], []
+    results = []
     for index in range(num_layers):
         w_ih, w_hh, biases, w_hr = _layer_weights(weights, index, directions, bias, proj_size)
         state, fresh = (_states_of(pair, index * directions, directions) for pair in (hx, reset_state))
         if w_hr is None:
-            input, h, c = run(input, w_ih, w_hh, biases, state, fresh)
+            result = run(input, w_ih, w_hh, biases, state, fresh)
         else:
-            given = (input, w_ih, w_hh, w_hr, biases, state, fresh)
-            input, h, c = projected_layer(run, *given, lengths, reset, batch_first)
-        h_n.append(h)
-        c_n.append(c)
+            parts = (input, w_ih, w_hh, w_hr, biases, state, fresh)
+            result = projected_layer(run, *parts, lengths, reset, batch_first)
+        results.append(result)
+        input = result.out
         if dropout and training and index < num_layers - 1:
             input = F.dropout(input, dropout)
-    if num_layers == 1:
-        return input, h_n[0], c_n[0]
-    return input, torch.cat(h_n), torch.cat(c_n)
+    h_n, c_n = (torch.cat(each) if num_layers > 1 else each[0] for each in list(zip(*results))[1:3])
+    if not return_states:
+        return results[-1].out, h_n, c_n
+    padding = None if lengths is None else _padding(lengths, input, batch_first)
+    return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
+
+
+def _reference_layer(tensors: tuple, batch_first: bool, bidirectional: bool, recompute: str) -> LayerResult:
+    """One layer step by step in plain PyTorch; recomputed whole in backward if anything is to be recomputed."""
+
+    def run(*given):
+        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional)
+
+    if recompute != "none" and torch.is_grad_enabled() and aten_can():
+        return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
+    return LayerResult(*run(*tensors))
+
+
+def _keep(tensors: tuple, recompute: str, return_states: Sequence[str]) -> str:
+    """What the operator is to keep: the backward pass's input only if there can be a backward pass."""
+    if torch.is_grad_enabled() and any(tensor is not None and needs_gradient(tensor) for tensor in tensors):
+        return KEEP.get(recompute, recompute)
+    if "gates" in return_states:
+        return "all"
+    return "cells" if "c" in return_states else "nothing"
+
+
+def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: int, padding: Tensor | None) -> States:
+    """The states of every layer, 0 in the padding."""
+    c, gates = [], []
+    for result in results:
+        steps = result.out.shape[:2]
+        c.append(result.cells.unflatten(0, steps).flatten(2) if "c" in asked else result.cells)
+        gates.append(result.gates.unflatten(0, steps).unflatten(-1, (4, -1)) if "gates" in asked else result.gates)
+    if padding is not None:
+        c = [one.masked_fill(padding.unsqueeze(-1), 0) for one in c] if "c" in asked else c
+        gates = [one.masked_fill(padding[..., None, None, None], 0) for one in gates] if "gates" in asked else gates
+    return States(
+        tuple(c) if "c" in asked else None,
+        tuple(result.out for result in results) if "layers" in asked else None,
+        tuple(gates) if "gates" in asked else None,
+    )
 
 
 def _states_of(pair: State | None, first: int, count: int) -> State | None:
     return None if pair is None else (pair[0][first : first + count], pair[1][first : first + count])
-
-
-def _kernel_layer(x, w_ih, w_hh, bias, state, lengths, reset, reset_state, batch_first, precision, plan):
-    """One layer by the kernels; the backward pass's input is kept only if there can be one."""
-    h_0, c_0 = state if state is not None else (None, None)
-    reset_h, reset_c = reset_state if reset_state is not None else (None, None)
-    save = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c)
-    )
-    out, h_n, c_n, _, _ = ops.layer(
-        x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan
-    )
-    return out, h_n, c_n
 
 
 def _layer_weights(
@@ -155,13 +225,12 @@ def _layer_weights(
 def _autocast(
     input: Tensor, hx: State | None, reset_state: State | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, State | None, State | None, Sequence[Tensor]]:
-    """Under autocast everything is computed in its type, as nn.LSTM does on a GPU."""
+    """Under autocast everything is computed in its type, as nn.LSTM does on a GPU; c keeps its own until it is read."""
     kind = input.device.type
     if input.dtype == torch.float64 or not autocast_is_on(kind):
         return input, hx, reset_state, weights
     dtype = torch.get_autocast_dtype(kind)
-    state, fresh = (None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for pair in (hx, reset_state))
-    return input.to(dtype), state, fresh, [weight.to(dtype) for weight in weights]
+    return input.to(dtype), hx, reset_state, [weight.to(dtype) for weight in weights]
 
 
 def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def ways(order: str) -> list[tuple[slice, bool]]:
+    """The sets of weights that run forward and those that run in reverse: (which of D, reversed?)."""
+    if order == "both":
+        return [(slice(0, None, 2), False), (slice(1, None, 2), True)]
+    return [(slice(None), order == "reverse")]
 
 
 def _within(lengths: Tensor | None, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -28,49 +39,56 @@ def previous_hidden(
     lengths: Tensor | None,
     reset: Tensor | None,
     reset_h: Tensor | None,
-    directions: int,
+    sets: int,
+    order: str,
     batch_first: bool,
 ) -> Tensor:
     """The h_{t-1} that every step has read: [rows, D, H], in the order of out's rows."""
-    by_time = out.unflatten(-1, (directions, out.shape[2] // directions))
+    by_time = out.unflatten(-1, (sets, out.shape[2] // sets))
     result = torch.empty_like(by_time)
     source, target = (by_time.transpose(0, 1), result.transpose(0, 1)) if batch_first else (by_time, result)
     marks = reset.t() if reset is not None and batch_first else reset
-    seq_len = target.shape[0]
-    for d in range(directions):
-        start = 0.0 if h_0 is None else h_0[d]
-        if d == 0:
-            target[1:, :, d] = source[:-1, :, d]
-            target[0, :, d] = start
+    for which, reverse in ways(order):
+        start = None if h_0 is None else h_0[which].transpose(0, 1)  # [B, sets, H]
+        if not reverse:
+            target[1:, :, which] = source[:-1, :, which]
+            target[0, :, which] = 0.0 if start is None else start
         else:
-            target[:-1, :, d] = source[1:, :, d]
-            target[-1, :, d] = start
-            if lengths is not None and h_0 is not None:
-                time, length = _within(lengths, seq_len, out.device)
-                at_end = (time == length - 1).unsqueeze(-1)
-                target[:, :, d] = torch.where(at_end, h_0[d], target[:, :, d])
+            target[:-1, :, which] = source[1:, :, which]
+            target[-1, :, which] = 0.0 if start is None else start
+            if lengths is not None and start is not None:
+                time, length = _within(lengths, target.shape[0], out.device)
+                at_end = (time == length - 1)[..., None, None]
+                target[:, :, which] = torch.where(at_end, start, target[:, :, which])
         if marks is not None:
-            fresh = _restart_marks(marks, lengths, d == 1).unsqueeze(-1)
-            zero = out.new_zeros(()) if reset_h is None else reset_h[d]
-            target[:, :, d] = torch.where(fresh, zero, target[:, :, d])
+            fresh = _restart_marks(marks, lengths, reverse)[..., None, None]
+            instead = out.new_zeros(()) if reset_h is None else reset_h[which].transpose(0, 1)
+            target[:, :, which] = torch.where(fresh, instead, target[:, :, which])
     return result.flatten(0, 1)
 
 
 def initial_gradient(
-    dgates: Tensor, dh_n: Tensor | None, w_hh: Tensor, lengths: Tensor | None, marks: Tensor | None
+    dgates: Tensor,
+    dh_n: Tensor | None,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    marks: Tensor | None,
+    order: str,
+    multiply: Multiply = torch.matmul,
 ) -> Tensor:
-    """dh_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each direction's first step."""
-    _, batch, directions, _ = dgates.shape
-    firsts = [dgates[0, :, 0]]
-    if directions == 2:
-        if lengths is None:
-            firsts.append(dgates[-1, :, 1])
-        else:
+    """dh_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each set's first step."""
+    _, batch, sets, gate_size = dgates.shape
+    first = dgates.new_empty((sets, batch, gate_size))
+    for which, reverse in ways(order):
+        if reverse and lengths is not None:
             last = (lengths.long() - 1).clamp(min=0)
-            firsts.append(dgates[last, torch.arange(batch, device=last.device), 1])
-    dh_0 = torch.stack(firsts) @ w_hh
-    if marks is not None:
-        dh_0[0].masked_fill_(marks[0].unsqueeze(-1), 0)
+            found = dgates[last, torch.arange(batch, device=last.device)][:, which]
+        else:
+            found = dgates[-1 if reverse else 0, :, which]
+        if marks is not None and not reverse:
+            found = found.masked_fill(marks[0][:, None, None], 0)
+        first[which] = found.transpose(0, 1)
+    dh_0 = multiply(first, w_hh)
     if lengths is not None:
         # A row without steps hands its initial state through.
         through = torch.zeros_like(dh_0) if dh_n is None else dh_n
@@ -78,12 +96,18 @@ def initial_gradient(
     return dh_0
 
 
-def reset_gradient(dgates: Tensor, w_hh: Tensor, lengths: Tensor | None, marks: Tensor | None) -> Tensor:
+def reset_gradient(
+    dgates: Tensor,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    marks: Tensor,
+    order: str,
+    multiply: Multiply = torch.matmul,
+) -> Tensor:
     """dreset_h [D, B, H] from dgates [T, B, D, 4H]: sum over a row's resets, then one small GEMM."""
-    directions = dgates.shape[2]
-    sums = []
-    for d in range(directions):
-        assert marks is not None
-        fresh = _restart_marks(marks, lengths, d == 1).to(dgates.dtype)
-        sums.append(torch.einsum("tb,tbg->bg", fresh, dgates[:, :, d]))
-    return torch.stack(sums) @ w_hh
+    _, batch, sets, gate_size = dgates.shape
+    sums = dgates.new_empty((sets, batch, gate_size))
+    for which, reverse in ways(order):
+        fresh = _restart_marks(marks, lengths, reverse).to(dgates.dtype)
+        sums[which] = torch.einsum("tb,tbdg->dbg", fresh, dgates[:, :, which])
+    return multiply(sums, w_hh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .cudnn import Call
-from .routing import BACKENDS, PRECISIONS, check_choice, compute_dtype, kernel_refusal, possible_refusal, slower_reason
+from .functional import States
+from .nested import nested_like, padded_of
+from .routing import (
+    BACKENDS,
+    PRECISIONS,
+    aten_can,
+    check_choice,
+    compute_dtype,
+    kernel_refusal,
+    possible_refusal,
+    slower_reason,
+)
+from .validation import check_recompute
 
 State = tuple[Tensor, Tensor]
 
@@ -25,6 +38,14 @@ def _untraced(function: Any, *arguments: Any) -> Any:
 
 
 _untraced._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import
+
+
+def check_options(backend: str, precision: str | None, recompute: str = "none") -> None:
+    """Raise the ValueError of an option of `LSTM` that is none of its choices."""
+    check_choice("backend", backend, BACKENDS)
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    check_recompute(recompute)
 
 
 def _check_pair(hx: State) -> None:
@@ -45,6 +66,8 @@ class LSTM(nn.RNNBase):
             RuntimeError with the reason where they do not; "torch" never uses them.
         precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; None follows
             `torch.backends.cudnn`, as nn.LSTM does.
+        recompute: "none", "gates" or "chunk:K": what training keeps in memory; see `functional.lstm`.
+        batch_invariant: a row's results do not depend on its company, at a price; see `functional.lstm`.
 
     It is no subclass of nn.LSTM: TorchDynamo refuses to trace those.
     """
@@ -55,16 +78,27 @@ class LSTM(nn.RNNBase):
     permute_hidden: Any = nn.LSTM.permute_hidden
     _forward_by_torch: Any = nn.LSTM.forward
 
-    def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
-        check_choice("backend", backend, BACKENDS)
-        if precision is not None:
-            check_choice("precision", precision, PRECISIONS)
+    # What a state that was pickled without them, or by nn.LSTM, has.
+    backend: str = "auto"
+    precision: str | None = None
+    recompute: str = "none"
+    batch_invariant: bool = False
+
+    def __init__(
+        self,
+        *args: Any,
+        backend: str = "auto",
+        precision: str | None = None,
+        recompute: str = "none",
+        batch_invariant: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_options(backend, precision, recompute)
         self.backend = backend
         self.precision = precision
+        self.recompute = recompute
+        self.batch_invariant = batch_invariant
         super().__init__("LSTM", *args, **kwargs)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"backend": "auto", "precision": None, **state})
 
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
@@ -80,18 +114,21 @@ class LSTM(nn.RNNBase):
             text += f", backend={self.backend}"
         if self.precision is not None:
             text += f", precision={self.precision}"
-        return text
+        if self.recompute != "none":
+            text += f", recompute={self.recompute}"
+        return text + ", batch_invariant=True" if self.batch_invariant else text
 
     def refusal(self, input: Tensor) -> str:
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
         return kernel_refusal(*self._request(input))
 
     def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int]:
+        # Not self.weight_ih_l0: to read a parametrized weight is to compute it, drawing its random numbers once more.
         return (
             self.backend,
             input.device.type,
             input.device.index,
-            compute_dtype(input.device.type, self.weight_ih_l0.dtype),  # type: ignore[arg-type]
+            compute_dtype(input.device.type, self._flat_weights[0].dtype),  # type: ignore[union-attr]
             self.precision or "",
             self.hidden_size,
             2 if self.bidirectional else 1,
@@ -102,11 +139,13 @@ class LSTM(nn.RNNBase):
 
         By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
         """
+        if self.batch_invariant or self.recompute != "none":
+            return ""  # nn.LSTM has neither
         if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
-        dtype = compute_dtype("cuda", self.weight_ih_l0.dtype)  # type: ignore[arg-type]
+        dtype = compute_dtype("cuda", self._flat_weights[0].dtype)  # type: ignore[union-attr]
         directions = 2 if self.bidirectional else 1
         call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
         tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
@@ -128,36 +167,45 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         reset_state: State | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        return_states: Sequence[str] = (),
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]:
         """Run the LSTM.
 
         Args:
             input: [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size]
-                unbatched, or a PackedSequence.
-            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), zeros if None; without the batch
-                dimension for unbatched input.
+                unbatched, a PackedSequence, or with batch_first a nested tensor of jagged layout,
+                [B, any length, input_size].
+            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), zeros if None, of any floating types;
+                without the batch dimension for unbatched input.
             lengths, reset, reset_state: see `functional.lstm`; for batched tensors only.
+            return_states: any of "c", "layers", "gates": see `functional.States`.
 
         Returns:
-            output and (h_n, c_n), shaped as nn.LSTM shapes them.
+            output and (h_n, c_n), shaped as nn.LSTM shapes them, and with return_states the states
+            of every step, in the form of the input: padded, packed or nested.
         """
         packed = isinstance(input, PackedSequence)
         compiling = torch.compiler.is_compiling()
         traced = compiling and not torch.compiler.is_exporting()
-        plain = lengths is None and reset is None and reset_state is None
-        if self.refusal(input.data if packed else input) and plain:  # type: ignore[arg-type]
+        unmarked = lengths is None and reset is None and reset_state is None
+        if isinstance(input, Tensor) and input.is_nested:
+            if not unmarked:
+                raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
+            return self._forward_nested(input, hx, return_states)
+        plain = unmarked and not return_states and self.recompute == "none" and not self.batch_invariant
+        if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
                 return _untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:
-            if not plain:
+            if not unmarked:
                 raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
             if traced:
-                return _untraced(LSTM._forward_packed, self, input, hx)
-            return self._forward_packed(input, hx)  # type: ignore[arg-type]
+                return _untraced(LSTM._forward_packed, self, input, hx, return_states)
+            return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
             return self._by_cudnn(input, hx)  # type: ignore[arg-type]
-        return self._forward_padded(input, hx, lengths, reset, reset_state)  # type: ignore[arg-type]
+        return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
 
     def _forward_padded(
         self,
@@ -166,7 +214,8 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | None,
         reset: Tensor | None,
         reset_state: State | None,
-    ) -> tuple[Tensor, State]:
+        return_states: Sequence[str],
+    ) -> Any:
         self._update_flat_weights()
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -187,12 +236,22 @@ class LSTM(nn.RNNBase):
                 )
             hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             self.check_forward_args(input, hx, None)
-        output, h_n, c_n = self._run(input, hx, self.batch_first, lengths, reset, reset_state)
+        marks = (lengths, reset, reset_state)
+        output, h_n, c_n, *states = self._run(input, hx, self.batch_first, *marks, return_states=return_states)
         if not batched:
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
-        return output, (h_n, c_n)
+            states = [of_all.map(lambda tensor: tensor.squeeze(batch_dim)) for of_all in states]
+        return output, (h_n, c_n), *states
 
-    def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _forward_nested(self, input: Tensor, hx: State | None, return_states: Sequence[str]) -> Any:
+        if not self.batch_first:
+            raise ValueError("a nested tensor is [B, length, input_size]: it goes with batch_first=True")
+        padded, lengths = padded_of(input)
+        output, state, *states = self._forward_padded(padded, hx, lengths, None, None, return_states)
+        states = [of_all.map(lambda tensor: nested_like(tensor, input)) for of_all in states]
+        return nested_like(output, input), state, *states
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None, return_states: Sequence[str]) -> Any:
         self._update_flat_weights()
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(data, batch_sizes)
@@ -201,10 +260,14 @@ class LSTM(nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
-        output, h_n, c_n = self._run(padded, hx, False, lengths)
-        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
-        result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return result, self.permute_hidden((h_n, c_n), unsorted_indices)
+        output, h_n, c_n, *states = self._run(padded, hx, False, lengths, return_states=return_states)
+
+        def pack(tensor: Tensor) -> PackedSequence:
+            data, _ = torch._VF._pack_padded_sequence(tensor, lengths, False)
+            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+
+        states = [of_all.map(pack) for of_all in states]
+        return pack(output), self.permute_hidden((h_n, c_n), unsorted_indices), *states
 
     def _run(
         self,
@@ -214,7 +277,8 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | None,
         reset: Tensor | None = None,
         reset_state: State | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        return_states: Sequence[str] = (),
+    ) -> Any:
         return functional.lstm(
             input,
             hx,
@@ -229,6 +293,9 @@ class LSTM(nn.RNNBase):
             lengths=lengths,
             reset=reset,
             reset_state=reset_state,
+            return_states=return_states,
+            recompute=self.recompute,
+            batch_invariant=self.batch_invariant,
             backend=self.backend,
             precision=self.precision or "",
         )
@@ -241,9 +308,7 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
-        check_choice("backend", backend, BACKENDS)
-        if precision is not None:
-            check_choice("precision", precision, PRECISIONS)
+        check_options(backend, precision)
         super().__init__(*args, **kwargs)
         self.backend = backend
         self.precision = precision
@@ -255,9 +320,27 @@ class LSTMCell(nn.LSTMCell):
             self.backend, input.device.type, input.device.index, dtype, self.precision or "", self.hidden_size, 1
         )
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """input [B, input_size] or [input_size], hx = (h, c) each [B, H] or [H] -> (h', c')."""
-        if self.refusal(input):
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        active: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: State | None = None,
+    ) -> State:
+        """One step: input [B, input_size] or [input_size], hx = (h, c) each [B, H] or [H] -> (h', c').
+
+        Args:
+            hx: zeros if None; of any floating types.
+            active: bool [B]: a row that is not keeps its state, as if the step had not been (batched input only).
+            reset: bool [B]: before the step the state of a marked row becomes zero, or that of reset_state
+                (batched input only). A row that is not active keeps even a state that is marked.
+            reset_state: h and c, each [H] for all rows or [B, H].
+        """
+        refusal = self.refusal(input)
+        plain = active is None and reset is None and reset_state is None
+        if refusal and plain and aten_can():
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -266,6 +349,13 @@ class LSTMCell(nn.LSTMCell):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
         batched = input.dim() == 2
+        if not batched and not plain:
+            raise ValueError("active= and reset= go with batched 2-D input, got 1-D input")
+        if active is not None and (active.dtype != torch.bool or active.shape != input.shape[:1]):
+            raise RuntimeError(
+                f"active must be a bool tensor of size {(input.shape[0],)}, "
+                f"got {active.dtype} of size {tuple(active.shape)}"
+            )
         state = None
         if hx is not None:
             state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
@@ -278,6 +368,9 @@ class LSTMCell(nn.LSTMCell):
             state,
             weights,
             bias=self.bias,
+            lengths=None if active is None else active.long(),
+            reset=None if reset is None else reset.unsqueeze(0),
+            reset_state=None if reset_state is None else (reset_state[0].unsqueeze(0), reset_state[1].unsqueeze(0)),
             backend=self.backend,
             precision=self.precision or "",
         )

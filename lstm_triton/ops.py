@@ -1,18 +1,29 @@
-"""One LSTM layer as a pair of PyTorch operators, both directions at once.
+"""One LSTM layer as a pair of PyTorch operators, both directions and all members of an ensemble at once.
 
-`torch.ops.lstm_triton.layer` and `torch.ops.lstm_triton.layer_backward` are opaque to compilers,
-have fake kernels, and are linked by a registered autograd formula. They run the Triton kernels:
-on a GPU, or on CPU tensors in Triton's interpreter. Nothing here decides *whether* to use them.
+`torch.ops.lstm_triton.layer` and `torch.ops.lstm_triton.layer_backward` are opaque to compilers, have
+fake kernels and rules for vmap, and are linked by a registered autograd formula. They run the Triton
+kernels: on a GPU, or on CPU tensors in Triton's interpreter. Nothing here decides *whether* to use them,
+but an exported program may find itself on a device without them: inference then runs in plain PyTorch.
 
-Shapes, with [S] = [T, B], or [B, T] with batch_first:
-x [S, I]; w_ih [D, 4H, I]; w_hh [D, 4H, H]; bias [D, 4H] or None; h_0, c_0, reset_h, reset_c
-[D, B, H] or None (zeros); lengths [B] integer or None; reset [S] bool or None -> out [S, D * H],
-h_n, c_n [D, B, H], and what the backward pass reads: gates [T * B, D, 4H], cells [T * B, D, H],
-empty unless `save`. The meaning of lengths and reset is `reference.py`'s.
+Shapes, with [S] = [T, B], or [B, T] with batch_first, and D sets of weights: the directions of the layer
+(of each member of an ensemble in turn):
+x [S, I], or [S, E, I] with inputs of their own for E members; w_ih [D, 4H, I]; w_hh [D, 4H, H]; bias
+[D, 4H] or None; h_0, c_0, reset_h, reset_c [D, B, H] or None (zeros); lengths [B] integer or None; reset
+[S] bool or None -> out [S, D * H], h_n, c_n [D, B, H], and two tensors for `keep`. c_0 may have any
+floating type. The meaning of lengths and reset is `reference.py`'s. bidirectional: every second set of
+weights runs in reverse.
 
+keep: what the last two outputs hold for the backward pass.
+    "all": activated gates [T * B, D, 4H] and cells [T * B, D, H], both differentiable;
+    "cells": nothing and cells [T * B, D, H]: the gates are computed again, by GEMMs over the sequence;
+    "chunk:K": h and c (the latter in fp32) entering each window of K steps, [windows, D, B, H];
+    "nothing": two empty tensors; there is no backward pass.
+
+batch_invariant: the same configs and the same order of sums for every batch; c_n then comes in fp32 for
+16-bit types, so that a sequence can be cut anywhere.
 precision: "ieee", "tf32" or "tf32x3" for float32 data (ignored otherwise), "" to follow
-`torch.backends.cudnn` as nn.LSTM does. plan: "" for the
-planner's choice, or "forward config|backward config" in the notation of `Config.encode`.
+`torch.backends.cudnn` as nn.LSTM does. plan: "" for the planner's choice, or "forward config|backward
+config" in the notation of `Config.encode`.
 """
 
 from __future__ import annotations
@@ -20,72 +31,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .hoisted import initial_gradient, previous_hidden, reset_gradient
-from .kernels.backward import lstm_backward
-from .kernels.config import Config, Layout
-from .kernels.forward import lstm_forward
-from .planner import NoPlan
-from .precision import matmul_precision, resolve_precision
-from .problem import PASSES, Problem
-from .routing import kernel_device, plan_for, warn_once_of_the_loop
-from .settings import AUTOTUNE
+from . import layer as layers
+from . import reference, windows
+from .kernels.launch import compute_dtype
+from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
+from .precision import resolve_precision
+from .routing import warn_once_of_the_loop
+
+KEEPS = ("nothing", "all", "cells")
 
 
-def choose_config(which: str, override: str, w_hh: Tensor, batch: int, precision: str) -> Config:
-    """The config of one pass: from the `plan` argument, else from the planner."""
-    directions, _, hidden_size = w_hh.shape
-    if override:
-        texts = override.split("|")
-        if len(texts) != len(PASSES):
-            raise ValueError(f"a plan is two configs with a | between them, got {override!r}")
-        config = Config.decode(texts[PASSES.index(which)])
-        if config.placement == "local" and config.block_h < hidden_size:
-            raise ValueError(f"placement 'local' needs block_h >= H = {hidden_size}, got {config.block_h}")
-        return config
-    dtype = str(w_hh.dtype).removeprefix("torch.")
-    device = kernel_device(w_hh.device)
-    if isinstance(device, NoPlan):
-        raise RuntimeError(f"lstm_triton: {device.reason}")
-    problem = Problem(which, hidden_size, batch, directions, dtype, precision)
-    if w_hh.is_cuda and AUTOTUNE.read() == "on":
-        from .tuning import first_call
-
-        first_call.tune(problem, device, w_hh.device)
-    chosen = plan_for(problem, device)
-    if isinstance(chosen, NoPlan):
-        raise RuntimeError(f"lstm_triton: {chosen.reason}")
-    return chosen.config
+def window_size(keep: str) -> int:
+    """K of "chunk:K", 0 for the others; ValueError for what is none of them."""
+    kind, colon, size = keep.partition(":")
+    if keep not in KEEPS and not (kind == "chunk" and colon and size.isdecimal() and int(size) > 0):
+        raise ValueError(f"keep should be one of {', '.join(map(repr, KEEPS))} or 'chunk:K', got: {keep!r}")
+    return int(size or 0)
 
 
-def layout_of(x: Tensor, batch_first: bool) -> Layout:
-    seq_len, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
-    return Layout(batch, seq_len, batch_first)
+def _options(batch_first: bool, bidirectional: bool, batch_invariant: bool, precision: str, plan: str) -> Options:
+    order = "both" if bidirectional else "forward"
+    return Options(batch_first, order, batch_invariant, resolve_precision(precision), plan)
 
 
-def _ready(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous and 16-byte aligned: Triton compiles a kernel anew for a pointer that is not."""
-    return None if tensor is None else _aligned(tensor)
+def _c_dtype(x: Tensor, batch_invariant: bool) -> torch.dtype:
+    return compute_dtype(x.dtype) if batch_invariant else x.dtype
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _pair(h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if (h is None) != (c is None):
-        raise RuntimeError("an initial or reset state has an h and a c: give both or none")
-    return None if h is None or c is None else (_aligned(h), _aligned(c))
-
-
-def _row_lengths(lengths: Tensor | None, layout: Layout, device: torch.device) -> Tensor | None:
-    # Clamped: a length beyond T would lead the kernels out of their buffers.
-    return None if lengths is None else lengths.to(device, torch.int32).clamp(0, layout.seq_len)
-
-
-def _rows(reset: Tensor | None) -> Tensor | None:
-    return None if reset is None else reset.reshape(-1).contiguous()
+def _without_kernels(v: Inputs, batch_first: bool, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer of an exported program on a device that the kernels do not run on: by aten, or step by step."""
+    directions = 2 if bidirectional else 1
+    marked = v.lengths is not None or v.reset is not None
+    if marked or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
+        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional)
+        return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+    batch = v.x.shape[0] if batch_first else v.x.shape[1]
+    zeros = v.x.new_zeros((directions, batch, v.w_hh.shape[2]))
+    state = [zeros if tensor is None else tensor.to(v.x.dtype) for tensor in (v.h_0, v.c_0)]
+    weights = []
+    for index in range(directions):
+        weights += [v.w_ih[index], v.w_hh[index]]
+        if v.bias is not None:
+            weights += [v.bias[index], torch.zeros_like(v.bias[index])]
+    return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, False, bidirectional, batch_first)
 
 
 @torch.library.custom_op("lstm_triton::layer", mutates_args=())
@@ -101,44 +89,52 @@ def layer(
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     batch_first: bool,
+    bidirectional: bool,
+    keep: str,
+    batch_invariant: bool,
     precision: str,
-    save: bool,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, h_n, c_n, gates, cells of one layer; see the module's docstring."""
-    layout, precision = layout_of(x, batch_first), resolve_precision(precision)
-    config = choose_config("forward", plan, w_hh, layout.batch, precision)
-    rows, weights = x.reshape(layout.rows, x.shape[2]), w_ih.flatten(0, 1).t()
-    with matmul_precision(x, precision):
-        gates = rows @ weights if bias is None else torch.addmm(bias.flatten(), rows, weights)
-    gates = gates.view(layout.rows, *w_hh.shape[:2])
-    out, h_n, c_n, cells = lstm_forward(
-        gates,
-        _aligned(w_hh),
-        _pair(h_0, c_0),
-        layout,
-        config,
-        precision,
-        save,
-        _row_lengths(lengths, layout, x.device),
-        _rows(reset),
-        _pair(reset_h, reset_c),
-    )
-    if cells is None:
-        gates, cells = x.new_empty(0), x.new_empty(0)
-    return out.flatten(1).unflatten(0, x.shape[:2]), h_n, c_n, gates, cells
+    """out, h_n, c_n and what `keep` says; see the module's docstring."""
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c)
+    options = _options(batch_first, bidirectional, batch_invariant, precision, plan)
+    c_dtype, nothing = _c_dtype(x, batch_invariant), x.new_empty(0)
+    size = window_size(keep)
+    reason = layers.refusal(v, options)
+    if reason and (keep != "nothing" or batch_invariant or plan):
+        raise RuntimeError(f"lstm_triton: {reason}")
+    if reason:
+        return (*_without_kernels(v, batch_first, bidirectional), nothing, nothing.clone())
+    if size:
+        out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
+        assert at_h is not None
+        assert at_c is not None
+        return out, h_n, c_n, at_h, at_c
+    if keep == "nothing":
+        size = windows.size_without_gradient(x, w_hh, batch_first)
+        if size < options.layout(x).seq_len:
+            out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
+            return out, h_n, c_n, nothing, nothing.clone()
+    out, h_n, c_n, gates, cells = layers.forward(v, options, keep != "nothing", c_dtype)
+    return out, h_n, c_n, gates if keep == "all" else nothing, nothing.clone() if cells is None else cells
 
 
 @layer.register_fake
-def _(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan):
-    (directions, gate_size, hidden_size), (first, second, _) = w_hh.shape, x.shape
-    batch = first if batch_first else second
-    out = x.new_empty((first, second, directions * hidden_size))
-    h_n = x.new_empty((directions, batch, hidden_size))
-    if not save:
-        return out, h_n, torch.empty_like(h_n), x.new_empty(0), x.new_empty(0)
-    gates = x.new_empty((first * second, directions, gate_size))
-    return out, h_n, torch.empty_like(h_n), gates, x.new_empty((first * second, directions, hidden_size))
+def _(
+    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c,
+    batch_first, bidirectional, keep, batch_invariant, precision, plan,
+):  # fmt: skip
+    (sets, gate_size, hidden_size), (first, second) = w_hh.shape, x.shape[:2]
+    batch, seq_len = (first, second) if batch_first else (second, first)
+    state = (sets, batch, hidden_size)
+    out, h_n = x.new_empty((first, second, sets * hidden_size)), x.new_empty(state)
+    c_n = x.new_empty(state, dtype=_c_dtype(x, batch_invariant))
+    size = window_size(keep)
+    if size:
+        border = (windows.count(seq_len, size), *state)
+        return out, h_n, c_n, x.new_empty(border), x.new_empty(border, dtype=compute_dtype(x.dtype))
+    gates = x.new_empty((first * second, sets, gate_size) if keep == "all" else 0)
+    return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (first * second, sets, hidden_size))
 
 
 @torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
@@ -146,135 +142,86 @@ def layer_backward(
     dout: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dgates: Tensor | None,
+    dcells: Tensor | None,
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    out: Tensor,
-    gates: Tensor,
-    cells: Tensor,
+    bias: Tensor | None,
     h_0: Tensor | None,
     c_0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    out: Tensor,
+    kept_1: Tensor,
+    kept_2: Tensor,
     batch_first: bool,
+    bidirectional: bool,
+    keep: str,
+    batch_invariant: bool,
     precision: str,
     plan: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The wanted ones of dx, dw_ih, dw_hh, dbias, dh_0, dc_0, dreset_h, dreset_c, in this order."""
-    want_x, want_w_ih, want_w_hh, want_bias, want_h_0, want_c_0, want_reset_h, want_reset_c = wanted
-    layout, directions, precision = layout_of(x, batch_first), w_hh.shape[0], resolve_precision(precision)
-    config = choose_config("backward", plan, w_hh, layout.batch, precision)
-    lengths, rows_reset = _row_lengths(lengths, layout, x.device), _rows(reset)
-    dgates, dc_0, dreset_c = lstm_backward(
-        _ready(dout),
-        _ready(dh_n),
-        _ready(dc_n),
-        gates,
-        cells,
-        _aligned(w_hh),
-        _ready(c_0),
-        layout,
-        config,
-        precision,
-        lengths,
-        rows_reset,
-        _ready(reset_c),
-    )
-    grads: list[Tensor] = []
-    flat = dgates.flatten(1)  # [rows, D * 4H]
-    with matmul_precision(x, precision):
-        if want_x:
-            grads.append((flat @ w_ih.flatten(0, 1)).view(x.shape))
-        if want_w_ih:
-            grads.append((flat.t() @ x.reshape(layout.rows, x.shape[2])).view(w_ih.shape))
-        if want_w_hh:
-            h_prev = previous_hidden(out, h_0, lengths, reset, reset_h, directions, batch_first)
-            grads.append(dgates.permute(1, 2, 0) @ h_prev.permute(1, 0, 2))
-        if want_bias:
-            grads.append(dgates.sum(0))
-        by_time = dgates.unflatten(0, x.shape[:2])
-        by_time = by_time.transpose(0, 1) if batch_first else by_time
-        marks = reset.t() if reset is not None and batch_first else reset
-        if want_h_0:
-            grads.append(initial_gradient(by_time, dh_n, w_hh, lengths, marks))
-        if want_c_0:
-            grads.append(dc_0)
-        if want_reset_h:
-            grads.append(reset_gradient(by_time, w_hh, lengths, marks))
-        if want_reset_c:
-            assert dreset_c is not None
-            grads.append(dreset_c)
-    return grads
+    """The wanted ones of the gradients of `layer.DIFFERENTIABLE`, in that order and in the types of their inputs."""
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c)
+    options = _options(batch_first, bidirectional, batch_invariant, precision, plan)
+    given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
+    size = window_size(keep)
+    if size:
+        found = windows.backward(v, options, size, kept_1, kept_2, given, asked)
+    else:
+        gates = layers.recomputed_gates(v, options, out) if keep == "cells" else kept_1
+        found = layers.backward(v, options, out, gates, kept_2, given, asked)
+    return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
 @layer_backward.register_fake
-def _(dout, dh_n, dc_n, x, w_ih, w_hh, *rest):
-    batch_first, wanted = rest[-4], rest[-1]
-    batch = x.shape[0] if batch_first else x.shape[1]
-    directions, gate_size, hidden_size = w_hh.shape
-    state = (directions, batch, hidden_size)
-    shapes = (x.shape, w_ih.shape, w_hh.shape, (directions, gate_size), state, state, state, state)
-    return [x.new_empty(shape) for shape, want in zip(shapes, wanted) if want]
+def _(dout, dh_n, dc_n, dgates, dcells, x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *rest):
+    inputs = (x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, want in zip(inputs, rest[-1]) if want]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, save, plan = inputs
-    out, _, _, gates, cells = output
+    out, _, _, kept_1, kept_2 = output
+    *tensors, batch_first, bidirectional, keep, batch_invariant, precision, plan = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells)
-    ctx.save_for_backward(x, w_ih, w_hh, bias, out, gates, cells, h_0, c_0, lengths, reset, reset_h, reset_c)
-    ctx.options = (batch_first, precision, plan)
-    ctx.saved_for_use = save
+    if keep != "all":  # there they are activated gates and cells; else nothing that a caller could mean
+        ctx.mark_non_differentiable(kept_1)
+        if keep != "cells":
+            ctx.mark_non_differentiable(kept_1, kept_2)
+    ctx.save_for_backward(*tensors, out, kept_1, kept_2)
+    ctx.options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
 
 
-def _backward(ctx, dout, dh_n, dc_n, dgates, dcells):
-    if not ctx.saved_for_use:
-        raise RuntimeError("lstm_triton::layer was called with save=False: there is nothing to go back through")
+def _backward(ctx, *cotangents):
+    keep = ctx.options[2]
+    if keep == "nothing":
+        raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
     # One flag for each of the inputs x, w_ih, w_hh, bias, h_0, c_0 and reset_h, reset_c.
     wanted = [*ctx.needs_input_grad[:6], *ctx.needs_input_grad[8:10]]
-    if dout is None and dh_n is None and dc_n is None:
-        return (None,) * 14
-    x, w_ih, w_hh, bias, *rest = ctx.saved_tensors
+    if all(cotangent is None for cotangent in cotangents):
+        return (None,) * 16
+    saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        _, _, _, h_0, c_0, lengths, reset, reset_h, reset_c = rest
-        inputs = [x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c]
-        found = _with_a_graph([dout, dh_n, dc_n], inputs, lengths, reset, ctx.options[0], wanted)
+        found = _with_a_graph(list(cotangents), Inputs(*saved[:10]), ctx.options[0], ctx.options[1], wanted)
     else:
-        found = layer_backward(dout, dh_n, dc_n, x, w_ih, w_hh, *rest, *ctx.options, wanted)
+        found = layer_backward(*cotangents, *saved, *ctx.options, wanted)
     grads = iter(found)
     of_inputs = [next(grads) if want else None for want in wanted]
-    return (*of_inputs[:6], None, None, *of_inputs[6:], None, None, None, None)
+    return (*of_inputs[:6], None, None, *of_inputs[6:], *(None,) * 6)
 
 
 def _with_a_graph(
-    cotangents: list[Tensor | None],
-    inputs: list[Tensor | None],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_first: bool,
-    wanted: list[bool],
+    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, wanted: list[bool]
 ) -> list[Tensor]:
-    """The wanted gradients of `inputs` as functions that autograd can differentiate again: step by step."""
-    x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c = inputs
-    assert x is not None
-    assert w_ih is not None
-    assert w_hh is not None
-    if x.is_cuda:
+    """The wanted gradients as functions that autograd can differentiate again: step by step."""
+    if v.x.is_cuda:
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
-    results = reference.layer_forward(
-        x,
-        w_ih,
-        w_hh,
-        bias,
-        None if h_0 is None or c_0 is None else (h_0, c_0),
-        batch_first=batch_first,
-        lengths=lengths,
-        reset=reset,
-        reset_state=None if reset_h is None or reset_c is None else (reset_h, reset_c),
-    )[:3]
+    results = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional)
+    inputs = [getattr(v, name) for name in DIFFERENTIABLE]
     pairs = [(result, given) for result, given in zip(results, cotangents) if given is not None]
     targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
     given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]

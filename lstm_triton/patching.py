@@ -8,9 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .kernels.config import PRECISIONS
-from .module import LSTM, LSTMCell
-from .routing import BACKENDS, check_choice
+from .module import LSTM, LSTMCell, check_options
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
@@ -37,6 +35,8 @@ def patch(
     dry_run: bool = False,
     backend: str = "auto",
     precision: str | None = None,
+    recompute: str = "none",
+    batch_invariant: bool = False,
 ) -> list[Change]:
     """Let every nn.LSTM and nn.LSTMCell inside a model run as `lstm_triton.LSTM` and `LSTMCell`.
 
@@ -46,17 +46,17 @@ def patch(
     Args:
         include, exclude: shell patterns (`fnmatch`) of module names, one or several: "encoder.*".
         dry_run: change nothing, only say what would be changed.
-        backend, precision: as for `LSTM`.
+        backend, precision: as for `LSTM` and `LSTMCell`.
+        recompute, batch_invariant: as for `LSTM`.
 
     Returns:
         a `Change` for every LSTM found, also for those that are left, with the reason.
 
     Raises:
-        ValueError: an unknown backend or precision, or a pattern that no LSTM's name matches. Nothing is changed then.
+        ValueError: an unknown backend, precision or recompute mode, or a pattern that no LSTM's name matches. Nothing
+            is changed then.
     """
-    check_choice("backend", backend, BACKENDS)
-    if precision is not None:
-        check_choice("precision", precision, PRECISIONS)
+    check_options(backend, precision, recompute)
     found = list(_lstms(model, nn.LSTM, nn.LSTMCell))
     wanted, unwanted = _listed(include), _listed(exclude)
     for pattern in (*wanted, *unwanted):
@@ -70,6 +70,8 @@ def patch(
         if not left and not dry_run:
             module.__class__ = OURS[type(module)]
             module.backend, module.precision = backend, precision  # type: ignore[assignment]
+            if isinstance(module, LSTM):
+                module.recompute, module.batch_invariant = recompute, batch_invariant
     return changes
 
 
@@ -80,7 +82,8 @@ def unpatch(model: nn.Module) -> list[Change]:
         changes.append(Change(name, type(module).__name__, "" if type(module) in THEIRS else _subclass(module)))
         if type(module) in THEIRS:
             module.__class__ = THEIRS[type(module)]
-            del module.backend, module.precision
+            for name in ("backend", "precision", "recompute", "batch_invariant"):
+                module.__dict__.pop(name, None)
             if isinstance(module, nn.LSTM):
                 module.flatten_parameters()
     return changes

@@ -10,6 +10,7 @@ way: as further inputs, zero at all other steps, with W_hh as their weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,19 @@ from torch import Tensor
 from .hoisted import previous_hidden
 from .validation import State
 
-Result = tuple[Tensor, Tensor, Tensor]
+
+class LayerResult(NamedTuple):
+    """What one layer gives: out [S, D * H], h_n and c_n [D, B, H], and the states that were kept (see `ops`)."""
+
+    out: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    gates: Tensor
+    cells: Tensor
 
 
 def projected_layer(
-    run: Callable[..., Result],
+    run: Callable[..., LayerResult],
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
@@ -32,8 +41,8 @@ def projected_layer(
     lengths: Tensor | None,
     reset: Tensor | None,
     batch_first: bool,
-) -> Result:
-    """run(x, w_ih, w_hh, bias, state, reset_state) -> out, h_n, c_n is a layer without projection.
+) -> LayerResult:
+    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection.
 
     w_hh [D, 4H, P], w_hr [D, P, H], h_0 and reset_h [D, B, P]; out [S, D * P], h_n [D, B, P], c_n [D, B, H].
     """
@@ -41,18 +50,19 @@ def projected_layer(
     h_0, reset_h = (None if pair is None else pair[0] for pair in (state, reset_state))
     if h_0 is not None or reset_h is not None:
         nothing = x.new_zeros((*x.shape[:2], directions * proj_size))
-        entering = previous_hidden(nothing, h_0, lengths, reset, reset_h, directions, batch_first)
+        order = "both" if directions == 2 else "forward"
+        entering = previous_hidden(nothing, h_0, lengths, reset, reset_h, directions, order, batch_first)
         x = torch.cat((x, entering.reshape(nothing.shape)), -1)
         # Each direction reads its own part of what enters.
         blocks = torch.block_diag(*w_hh.unbind()).unflatten(0, (directions, -1))  # [D, 4H, D * P]
         w_ih = torch.cat((w_ih, blocks), -1)
-    out, m_n, c_n = run(x, w_ih, w_hh @ w_hr, bias, _without_h(state), _without_h(reset_state))
-    h_n = m_n @ w_hr.transpose(1, 2)
+    result = run(x, w_ih, w_hh @ w_hr, bias, _without_h(state), _without_h(reset_state))
+    h_n = result.h_n @ w_hr.transpose(1, 2)
     if lengths is not None and h_0 is not None:
         h_n = torch.where((lengths == 0).unsqueeze(-1), h_0, h_n)  # a row without steps hands its state through
-    by_direction = out.unflatten(-1, (directions, -1)).unbind(-2)
+    by_direction = result.out.unflatten(-1, (directions, -1)).unbind(-2)
     out = torch.cat([m @ w_hr[d].t() for d, m in enumerate(by_direction)], -1)
-    return out, h_n, c_n
+    return result._replace(out=out, h_n=h_n)
 
 
 def _without_h(pair: State | None) -> State | None:

@@ -20,7 +20,8 @@ independent segments in both directions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ class Saved(NamedTuple):
 
     gates: Tensor  # [T, D, B, 4, H], activated
     cells: Tensor  # [T, D, B, H]
+    time: Tensor  # [T, D, B]: the time index that each step handled
+
+    def ordered(self, by_step: Tensor, batch_first: bool) -> Tensor:
+        """[T, D, B, H] by step -> [S, D, H] in the order of the inputs."""
+        # `time` maps steps to times one to one, per row and direction alike: it is its own inverse.
+        found = by_step.gather(0, self.time.unsqueeze(-1).expand_as(by_step)).transpose(1, 2)
+        return found.transpose(0, 1) if batch_first else found
+
+    def by_time(self, batch_first: bool) -> tuple[Tensor, Tensor]:
+        """gates [S, D, 4H] and cells [S, D, H] in the order of the inputs; the padding holds anything."""
+        return self.ordered(self.gates.flatten(-2), batch_first), self.ordered(self.cells, batch_first)
 
 
 class Gradients(NamedTuple):
@@ -80,22 +92,33 @@ def _schedule(
 
 def _restarts(reset: Tensor | None, time: Tensor, active: Tensor) -> Tensor:
     """[T, D, B] bool: the state is replaced before this step."""
-    fresh = torch.zeros_like(time, dtype=torch.bool)
     if reset is None:
-        return fresh
+        return torch.zeros_like(time, dtype=torch.bool)
     seq_len, directions, batch = time.shape
     row = torch.arange(batch, device=time.device)
-    fresh[:, 0] = reset[time[:, 0], row] & active
-    if directions == 2 and seq_len > 1:
-        fresh[1:, 1] = reset[(time[1:, 1] + 1).clamp(max=seq_len - 1), row] & active[1:]
-    return fresh
+    forward = reset[time[:, 0], row] & active
+    if directions == 1:
+        return forward.unsqueeze(1)
+    mark = reset[(time[:, 1] + 1).clamp(max=seq_len - 1), row] & active
+    first = torch.arange(seq_len, device=time.device).unsqueeze(1) == 0
+    return torch.stack((forward, mark & ~first), dim=1)
 
 
 def _state(state: State | None, like: Tensor, directions: int, batch: int, hidden_size: int) -> State:
     if state is not None:
         return state
-    zero = like.new_zeros((directions, batch, hidden_size))
-    return zero, zero
+    # Two tensors: `scan` would take one that comes twice for the same state.
+    return like.new_zeros((directions, batch, hidden_size)), like.new_zeros((directions, batch, hidden_size))
+
+
+def _loop(step: Callable[..., Any], carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """carry, outs = step(carry, slice of xs) for every step; the last carry and all outs, stacked."""
+    outs = []
+    # Taken apart once: the backward pass of an index per step would be quadratic in T.
+    for of_step in zip(*(tensor.unbind() for tensor in xs)):
+        carry, out = step(carry, of_step)
+        outs.append(out)
+    return carry, [torch.stack(each) for each in zip(*outs)]
 
 
 def layer_forward(
@@ -109,41 +132,82 @@ def layer_forward(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reset_state: State | None = None,
+    loop: Callable[..., Any] = _loop,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """One layer -> out, h_n, c_n and what `layer_backward` reads. Differentiable by autograd too."""
+    """One layer -> out, h_n, c_n and what `layer_backward` reads. Differentiable by autograd too.
+
+    loop: runs the steps, by default one after the other in Python; an exporter has its own.
+    """
     if batch_first:
         x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
     (seq_len, batch, _), (directions, hidden_size) = x.shape, (w_hh.shape[0], w_hh.shape[2])
     time, active = _schedule(seq_len, batch, directions, lengths, x.device)
     fresh = _restarts(reset, time, active).unsqueeze(-1)
     reset_h, reset_c = _state(reset_state, x, directions, batch, hidden_size)
-    h, c = _state(state, x, directions, batch, hidden_size)
     row, way = torch.arange(batch, device=x.device), torch.arange(directions, device=x.device).unsqueeze(-1)
     if lengths is not None:
         x = x.masked_fill(~active.unsqueeze(-1), 0)  # active by step is active by time, in both directions
     projected = x @ w_ih.flatten(0, 1).t()
     if bias is not None:
         projected = projected + bias.flatten()
-    projected = projected.unflatten(-1, (directions, -1))  # [T, B, D, 4H]
-    out = [[x.new_zeros(())] * directions for _ in range(seq_len)]
-    gates, cells = [], []
-    for step in range(seq_len):
-        a = projected[time[step], row, way] + torch.where(fresh[step], reset_h, h) @ w_hh.transpose(1, 2)
-        activated, c_new, h_new = cell_forward(a.unflatten(-1, (4, hidden_size)), torch.where(fresh[step], reset_c, c))
-        live = active[step].unsqueeze(-1)
+    by_step = projected.unflatten(-1, (directions, -1))[time, row, way]  # [T, D, B, 4H]
+
+    def step(carry: Sequence[Tensor], of_step: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        (h, c), (projected, new, live) = carry, of_step
+        a = projected + torch.where(new, reset_h, h) @ w_hh.transpose(1, 2)
+        gates, c_new, h_new = cell_forward(a.unflatten(-1, (4, hidden_size)), torch.where(new, reset_c, c))
         h, c = torch.where(live, h_new, h), torch.where(live, c_new, c)
-        for d in range(directions):
-            out[step][d] = torch.where(live, h_new[d], torch.zeros_like(h_new[d]))
-        gates.append(activated)
-        cells.append(c)
-    by_step = [torch.stack([out[s][d] for s in range(seq_len)]) for d in range(directions)]
-    # `time` maps steps to times one to one, per row and in both directions alike: it is its own inverse.
-    result = torch.cat(
-        [by_step[d].gather(0, time[:, d].unsqueeze(-1).expand_as(by_step[d])) for d in range(directions)], -1
-    )
-    if batch_first:
-        result = result.transpose(0, 1)
-    return result, h, c, Saved(torch.stack(gates), torch.stack(cells))
+        return [h, c], [torch.where(live, h_new, 0), gates, c.clone()]
+
+    start = list(_state(state, x, directions, batch, hidden_size))
+    (h, c), (out, gates, cells) = loop(step, start, [by_step, fresh, active.unsqueeze(-1)])
+    saved = Saved(gates, cells, time)
+    out = saved.ordered(out, batch_first).flatten(2)
+    return out, h, c, saved
+
+
+def ensemble_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    *,
+    batch_first: bool,
+    bidirectional: bool,
+    loop: Callable[..., Any] = _loop,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ops.layer` gives for keep="all": `layer_forward` for one member after another."""
+    directions = 2 if bidirectional else 1
+    members = []
+    for index in range(w_ih.shape[0] // directions):
+        own = slice(index * directions, (index + 1) * directions)
+        own_x = x if x.dim() == 3 else x[:, :, index * x.shape[2] * directions // w_ih.shape[0]]
+        pairs = [
+            None if h is None or c is None else (h[own], c[own].to(x.dtype))
+            for h, c in ((h_0, c_0), (reset_h, reset_c))
+        ]
+        out, h_n, c_n, saved = layer_forward(
+            own_x,
+            w_ih[own],
+            w_hh[own],
+            None if bias is None else bias[own],
+            pairs[0],
+            batch_first=batch_first,
+            lengths=lengths,
+            reset=reset,
+            reset_state=pairs[1],
+            loop=loop,
+        )
+        gates, cells = (tensor.flatten(0, 1) for tensor in saved.by_time(batch_first))
+        members.append((out, h_n, c_n, gates, cells))
+    outs, h_ns, c_ns, all_gates, all_cells = zip(*members)
+    return torch.cat(outs, -1), torch.cat(h_ns), torch.cat(c_ns), torch.cat(all_gates, 1), torch.cat(all_cells, 1)
 
 
 def layer_backward(

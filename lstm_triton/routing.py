@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .cudnn import Call, algorithm
@@ -78,6 +79,8 @@ def kernel_refusal(
     directions: int,
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
+    if backend == "auto" and torch.compiler.is_exporting():
+        return ""  # the operator goes into the program, and runs in plain PyTorch where it must
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
     reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions)
@@ -109,13 +112,36 @@ def possible_refusal(
 kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _transforms() -> set[str]:
+    """The kinds of torch.func transforms and of forward-mode levels that are active: "vmap", "grad", "jvp", ..."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = {level.key().name.lower() for level in levels}
+    return kinds | {"jvp"} if forward_ad._current_level >= 0 else kinds
+
+
 def _transform() -> str:
-    """The kernels have first derivatives in reverse mode: what else is asked of them, if anything."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform (grad, jvp, vmap) is active, and the kernels' operators have no rules for them"
-    if forward_ad._current_level >= 0:
+    """The kernels have vmap and first derivatives in reverse mode: what else is asked of them, if anything."""
+    kinds = _transforms()
+    if "jvp" in kinds:
         return "forward-mode differentiation is active, and the kernels have no forward-mode derivative"
+    if kinds - {"vmap", "functionalize"}:
+        return "torch.func.grad is active, and the kernels' derivatives are torch.autograd's"
     return ""
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """requires_grad, also of what vmap maps over."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def aten_can() -> bool:
+    """Whether PyTorch's own LSTM goes with the active transforms: it has neither vmap nor forward mode on all paths."""
+    return not _transforms() & {"vmap", "jvp"}
+
+
+aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `kernel_refusal`
 
 
 @lru_cache(maxsize=4096)

@@ -24,12 +24,13 @@ def reset_state_of(
     rows = []
     for tensor, size in zip(pair, of_each):
         each, shared = (states, batch, size), (states, size)
-        if tuple(tensor.shape) not in (each, shared) or (tensor.dtype, tensor.device) != (input.dtype, input.device):
+        wrong = tuple(tensor.shape) not in (each, shared) or not tensor.is_floating_point()
+        if wrong or tensor.device != input.device:
             raise RuntimeError(
-                f"reset_state must be of size {shared} or {each}, {input.dtype} on {input.device}; "
+                f"reset_state must be of size {shared} or {each}, of a floating type and on {input.device}; "
                 f"got {tensor.dtype} of size {tuple(tensor.shape)} on {tensor.device}"
             )
-        rows.append(tensor.unsqueeze(1).expand(each) if tensor.dim() == 2 else tensor)
+        rows.append((tensor.unsqueeze(1).expand(each) if tensor.dim() == 2 else tensor).to(input.dtype))
     return rows[0], rows[1]
 
 
@@ -70,7 +71,7 @@ def check_call(
                     f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {name} tensor at {tensor.device}"
                 )
-            if tensor.dtype != input.dtype:
+            if tensor.dtype != input.dtype and not (name == "hidden" and tensor.is_floating_point()):
                 raise RuntimeError(
                     f"Input and {name} tensors are not the same dtype, found input tensor with {input.dtype} "
                     f"and {name} tensor with {tensor.dtype}"
@@ -84,6 +85,26 @@ def check_call(
                 f"reset must be a bool tensor of size {expected} on {input.device}, "
                 f"got {reset.dtype} of size {tuple(reset.shape)} on {reset.device}"
             )
+
+
+RECOMPUTE = ("none", "gates", "chunk:K")
+
+
+def check_recompute(recompute: str) -> None:
+    """Raise the ValueError of what is no recompute mode."""
+    kind, _, size = str(recompute).partition(":")
+    if recompute not in RECOMPUTE[:2] and not (kind == "chunk" and size.isdecimal() and int(size) > 0):
+        raise ValueError(f"recompute should be one of {', '.join(map(repr, RECOMPUTE))}, K >= 1, got: {recompute!r}")
+
+
+def check_states(return_states: Sequence[str], recompute: str) -> None:
+    """Raise the ValueError of unknown states, and of states that `recompute` does not keep."""
+    known = ("c", "layers", "gates")
+    if isinstance(return_states, str) or any(name not in known for name in return_states):
+        raise ValueError(f"return_states takes a sequence of {', '.join(map(repr, known))}, got: {return_states!r}")
+    for name in return_states:
+        if (name == "gates" and recompute != "none") or (name == "c" and recompute not in ("none", "gates")):
+            raise ValueError(f"return_states={name!r} needs what recompute={recompute!r} does not keep")
 
 
 def weights_per_state(bias: bool, proj_size: int) -> int:
@@ -114,8 +135,8 @@ def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
         raise RuntimeError(
             f"lengths must be an integer tensor of size {(batch,)}, got {lengths.dtype} of size {tuple(lengths.shape)}"
         )
-    if torch.compiler.is_compiling():
-        return  # the operators clamp lengths to [0, T]
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(lengths):
+        return  # nobody can look at the values; the operators clamp lengths to [0, T]
     outside = f"lengths must lie in [0, {seq_len}]"
     if lengths.device.type == "cpu":
         if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):

@@ -2,7 +2,8 @@
 
 Tolerance: a result of ours may be at most twice as far from the fp64 reference as plain PyTorch is
 in the same type, by the largest and by the rms error. PyTorch's error, relative to the result's
-largest value, is the worst of four draws of the same layer: one draw of a maximum is mostly luck.
+largest value, is the worst of DRAWS draws of the same layer: one draw of a maximum is mostly luck,
+and with four it still depended on the processor's BLAS.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lstm_triton import reference
 
+DRAWS = 16
 INPUTS = ("x", "w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c")
 OUTPUTS = ("out", "h_n", "c_n")
 
@@ -105,8 +107,10 @@ def by_kernels(case: Case, forward: Config, backward: Config, precision: str = "
         v["reset_h"],
         v["reset_c"],
         case.batch_first,
+        case.directions == 2,
+        "all",
+        False,
         precision,
-        True,
         plan,
     )[:3]
     cotangents = [given[f"d{name}"].to(case.dtype) for name in OUTPUTS]
@@ -129,7 +133,7 @@ def torch_errors(case: Case) -> dict[str, tuple[float, float]]:
     """PyTorch's own relative errors on layers like this one."""
     # fp64 cannot be its own truth: there the error is fp32's, scaled by the types' precision.
     dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
-    draws = [replace(case, seed=seed, dtype=dtype) for seed in range(case.seed, case.seed + 4)]
+    draws = [replace(case, seed=seed, dtype=dtype) for seed in range(case.seed, case.seed + DRAWS)]
     errors = [relative_errors(by_reference(draw, dtype), by_reference(draw, torch.float64)) for draw in draws]
     scale = torch.finfo(case.dtype).eps / torch.finfo(dtype).eps
     return {name: tuple(scale * max(error[name][i] for error in errors) for i in (0, 1)) for name in errors[0]}

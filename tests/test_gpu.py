@@ -106,12 +106,12 @@ def test_small_launch_of_every_candidate(kind: str, which: str, monkeypatch: pyt
         kinds.setdefault((config.placement, config.protocol, config.resident), []).append(config)
     modules = build(kind, sizes=(32, 272), batch=20, steps=6)
     other = {w: plan(dataclasses.replace(problem, which=w), device).config for w in PASSES}
-    from lstm_triton import ops
+    from lstm_triton import layer
 
     for configs in kinds.values():
         for config in configs[:: max(1, len(configs) // 4)]:
             chosen = {**other, which: config}
-            monkeypatch.setattr(ops, "choose_config", lambda w, *_, chosen=chosen: chosen[w])
+            monkeypatch.setattr(layer, "choose_config", lambda w, *_, chosen=chosen: chosen[w])
             assert_as_good_as_nn_lstm(*modules, allow_tf32=kind == "tf32")
 
 

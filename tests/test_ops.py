@@ -8,7 +8,7 @@ from interpreter import cooperative
 from layers import INPUTS, Case, run_recurrence
 from lstm_triton.kernels.config import Config
 
-from lstm_triton import functional, ops
+from lstm_triton import functional, layer
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
 MAILBOX = Config("grid", "mailbox", True, False, 1, 16, 16, 16, 4)
@@ -16,11 +16,12 @@ FLAGS = Config("grid", "flags", False, False, 1, 16, 16, 16, 4)
 STEPWISE = Config("stepwise", "none", True, True, 1, 16, 16, 16, 4)
 
 
-def arguments(case: Case, dtype: torch.dtype, plan: str = "", save: bool = True) -> tuple:
+def arguments(case: Case, dtype: torch.dtype, plan: str = "", keep: str = "all") -> tuple:
     given = case.tensors()
     v = {n: None if given[n] is None else given[n].to(dtype).requires_grad_() for n in INPUTS}
     first = [v[name] for name in INPUTS[:6]]
-    return (*first, given["lengths"], given["reset"], v["reset_h"], v["reset_c"], case.batch_first, "ieee", save, plan)
+    options = (case.batch_first, case.directions == 2, keep, False, "ieee", plan)
+    return (*first, given["lengths"], given["reset"], v["reset_h"], v["reset_c"], *options)
 
 
 @pytest.mark.parametrize("config", [LOCAL, MAILBOX, FLAGS, STEPWISE], ids=lambda c: f"{c.placement}-{c.protocol}")
@@ -55,19 +56,17 @@ def test_gradcheck(config: Config, case: Case) -> None:
 def test_opcheck(case: Case) -> None:
     torch.library.opcheck(torch.ops.lstm_triton.layer.default, arguments(case, torch.float32))
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.lstm_triton.layer.default, arguments(case, torch.float32, save=False))
+        torch.library.opcheck(torch.ops.lstm_triton.layer.default, arguments(case, torch.float32, keep="nothing"))
     torch.library.opcheck(torch.ops.lstm_triton.layer_backward.default, backward_arguments(case))
 
 
-def backward_arguments(case: Case, wanted: list[bool] | None = None) -> tuple:
-    inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case, torch.float32)]
-    x, w_ih, w_hh, _, h_0, c_0, lengths, reset, reset_h, reset_c, batch_first, precision, _, plan = inputs
-    out, h_n, c_n, gates, cells = torch.ops.lstm_triton.layer(*inputs)
+def backward_arguments(case: Case, wanted: list[bool] | None = None, keep: str = "all") -> tuple:
+    inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case, torch.float32, keep=keep)]
+    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*inputs)
     if wanted is None:
         wanted = [True, True, True, True, case.state, case.state, case.reset, case.reset]
     grads = [torch.randn_like(t) for t in (out, h_n, c_n)]
-    saved = (x, w_ih, w_hh, out, gates, cells, h_0, c_0, lengths, reset, reset_h, reset_c)
-    return (*grads, *saved, batch_first, precision, plan, wanted)
+    return (*grads, None, None, *inputs[:10], out, kept_1, kept_2, *inputs[10:], wanted)
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -124,8 +123,8 @@ def weights_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize(("grad", "requires"), [(False, True), (True, False)])
 def test_nothing_is_kept_without_a_gradient(grad: bool, requires: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    original = ops.lstm_forward
-    monkeypatch.setattr(ops, "lstm_forward", lambda *a, **k: kept.append(a[6]) or original(*a, **k))
+    original = layer.lstm_forward
+    monkeypatch.setattr(layer, "lstm_forward", lambda *a, **k: kept.append(a[6]) or original(*a, **k))
     x, weights = weights_of(Case())
     with torch.set_grad_enabled(grad):
         functional.lstm(x.requires_grad_(requires), None, weights, backend="triton")
@@ -133,9 +132,9 @@ def test_nothing_is_kept_without_a_gradient(grad: bool, requires: bool, monkeypa
 
 
 def test_backward_without_saved_tensors_is_an_error() -> None:
-    inputs = arguments(Case(), torch.float32, save=False)
+    inputs = arguments(Case(), torch.float32, keep="nothing")
     out = torch.ops.lstm_triton.layer(*inputs)[0]
-    with pytest.raises(RuntimeError, match="save=False"):
+    with pytest.raises(RuntimeError, match='keep="nothing"'):
         out.sum().backward()
 
 

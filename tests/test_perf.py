@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import check
 import figures
 import floor
 import plot
+import ppo_resets
 import providers
 import pytest
 import rows as rows_module
@@ -349,6 +351,45 @@ def test_recorded_figures_are_redrawn_from_recorded_rows(tmp_path: Path) -> None
         committed = {path.name for path in folder.iterdir() if path.suffix in (".png", ".md")}
         assert {path.name for path in (tmp_path / folder.name).iterdir()} == committed
         assert (tmp_path / folder.name / "summary.md").read_text() == (folder / "summary.md").read_text()
+
+
+PPO = ["--steps", "6", "--batch", "4", "--hidden-size", "8", "--input-size", "5", "--dtype", "float32-ieee",
+       "--repeat", "1", "--density", "0", "0.1", "1"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "path"), [("auto", "step by step in plain PyTorch"), ("triton", "the kernels")])
+@pytest.mark.filterwarnings("error")
+def test_resets_are_timed_against_segments(backend: str, path: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ppo_resets, "device_here", lambda: CPU)
+    monkeypatch.setattr(ppo_resets, "LSTM", partial(ppo_resets.LSTM, backend=backend))
+    assert ppo_resets.main(PPO) == 0
+    sizes, ours, header, *lines = capsys.readouterr().out.splitlines()
+    assert sizes.startswith("T=6 B=4 I=5 H=8 float32-ieee")
+    assert ours.startswith(f"ours: {path}")
+    assert header.split()[:2] == ["density", "segments"]
+    table = [[float(cell) for cell in line.partition("(")[0].split()] for line in lines]
+    assert [row[0] for row in table] == [0, 0.1, 1]
+    assert table[0][1] == 1
+    assert 1 < table[1][1] < table[2][1] == 6
+    assert all(ms > 0 for row in table for ms in row[2:4])
+
+
+def test_wrong_resets_get_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def wrong(lstm, rollout):
+        return lstm(rollout.x, rollout.state, reset=rollout.done.roll(1, dims=0))[0]
+
+    monkeypatch.setattr(ppo_resets, "device_here", lambda: CPU)
+    monkeypatch.setattr(ppo_resets, "in_one_call", wrong)
+    assert ppo_resets.main(PPO) == 1
+    complaints = ["wrong out: rms error" in line for line in capsys.readouterr().out.splitlines()[3:]]
+    assert complaints == [False, True, False], "a shift changes nothing where no row or every row is marked"
+
+
+@pytest.mark.parametrize("arguments", [["--density", "1.5"], ["--density", "often"], ["--steps", "0"]])
+def test_resets_refuse_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ppo_resets.main(arguments)
+    assert ended.value.code == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

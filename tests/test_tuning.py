@@ -262,17 +262,17 @@ def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPat
 
 def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a custom operator runs nothing records gradients, and the search needs them: both passes of a module."""
-    from lstm_triton import LSTM, ops
+    from lstm_triton import LSTM, layer
 
     tuned = []
-    real = ops.plan_for
+    real = layer.plan_for
 
     def tune_and_plan(problem, device):
         first_call.tune(problem, device, CPU)
         tuned.append(problem.which)
         return real(problem, device)
 
-    monkeypatch.setattr(ops, "plan_for", tune_and_plan)
+    monkeypatch.setattr(layer, "plan_for", tune_and_plan)
     module = LSTM(3, 16, backend="triton", precision="ieee")
     out, _ = module(torch.randn(2, 2, 3))
     out.sum().backward()

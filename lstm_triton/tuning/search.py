@@ -238,7 +238,18 @@ class Scratch:
         text = "|".join(one.encode() for one in pair)
 
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            options = (None, None, None, None, False, self.problem.precision, True, text)
+            options = (
+                None,
+                None,
+                None,
+                None,
+                False,
+                self.problem.directions == 2,
+                "all",
+                False,
+                self.problem.precision,
+                text,
+            )
             return torch.ops.lstm_triton.layer(x, w_ih, w_hh, None, h, c, *options)[:3]
 
         return self._results(run, self.dtype)

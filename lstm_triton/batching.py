@@ -1,0 +1,102 @@
+"""What `torch.func.vmap` makes of the operators.
+
+Over weights: the members of an ensemble are further sets of weights, and run side by side in one launch. Over inputs or
+states alone: they are further rows of the batch. Over lengths or resets, and in backward passes: one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .layer import Inputs
+
+# For each of `Inputs` the axis that is mapped over, None for none: as vmap hands it over.
+Dims = Sequence[int | None]
+
+
+def _in_front(tensor: Tensor, dim: int | None, members: int) -> Tensor:
+    """[members, ...]: the mapped axis first, a view of all members where there is none."""
+    return tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _one_by_one(op: Callable[..., Any], members: int, dims: Dims, arguments: tuple) -> tuple[Any, Any]:
+    results = []
+    for index in range(members):
+        own = (value if dim is None else value.select(dim, index) for value, dim in zip(arguments, dims))
+        results.append(op(*own))
+    stacked = [torch.stack(each) for each in zip(*results)]
+    if isinstance(results[0], tuple):
+        return tuple(stacked), (0,) * len(stacked)
+    return stacked, [0] * len(stacked)
+
+
+@ops.layer.register_vmap
+def _(info, in_dims, *arguments):
+    members, dims = info.batch_size, Inputs(*in_dims[:10])
+    v, options = Inputs(*arguments[:10]), arguments[10:]
+    if dims.lengths is not None or dims.reset is not None:
+        return _one_by_one(torch.ops.lstm_triton.layer, members, in_dims, arguments)
+    if dims.w_ih is None and dims.w_hh is None and dims.bias is None:
+        return _as_rows(members, dims, v, options)
+    return _as_sets(members, dims, v, options)
+
+
+def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
+    merged = {}
+    for name in ("w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c"):
+        tensor = getattr(v, name)
+        merged[name] = None if tensor is None else _in_front(tensor, getattr(dims, name), members).flatten(0, 1)
+    x = v.x
+    inner = x.dim() - (dims.x is not None) == 4  # an ensemble in an ensemble: its x has members already
+    if dims.x is not None or inner:
+        x = _in_front(x, dims.x, members).movedim(0, 2)
+        x = x.flatten(2, 3) if inner else x
+    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*v._replace(**merged, x=x), *options)
+    sets = (members, -1)
+    results: list[Tensor] = [out.unflatten(-1, sets), h_n.unflatten(0, sets), c_n.unflatten(0, sets)]
+    where: list[int | None] = [2, 0, 0]
+    for kept in (kept_1, kept_2):
+        results.append(kept.unflatten(1, sets) if kept.dim() > 1 else kept)
+        where.append(1 if kept.dim() > 1 else None)
+    return tuple(results), tuple(where)
+
+
+def _as_rows(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
+    batch_axis = 0 if options[0] else 1
+    axes = dict(x=batch_axis, reset=batch_axis, lengths=0, h_0=1, c_0=1, reset_h=1, reset_c=1)
+    merged = {}
+    for name, axis in axes.items():
+        tensor = getattr(v, name)
+        if tensor is not None:
+            merged[name] = _in_front(tensor, getattr(dims, name), members).movedim(0, axis).flatten(axis, axis + 1)
+    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*v._replace(**merged), *options)
+    rows = (members, -1)
+    results: list[Tensor] = [out.unflatten(batch_axis, rows), h_n.unflatten(1, rows), c_n.unflatten(1, rows)]
+    where: list[int | None] = [batch_axis, 1, 1]
+    seq_len = out.shape[1 - batch_axis]
+    for kept in (kept_1, kept_2):
+        if kept.dim() == 4:  # [windows, D, B, H]
+            results.append(kept.unflatten(2, rows))
+            where.append(2)
+        elif kept.dim() == 3 and batch_axis == 0:  # rows (b, t)
+            results.append(kept.unflatten(0, rows))
+            where.append(0)
+        elif kept.dim() == 3:  # rows (t, b)
+            results.append(kept.unflatten(0, (seq_len, members, -1)).movedim(1, 0).flatten(1, 2))
+            where.append(0)
+        else:
+            results.append(kept)
+            where.append(None)
+    return tuple(results), tuple(where)
+
+
+@ops.layer_backward.register_vmap
+def _(info, in_dims, *arguments):
+    # `wanted` is a list, and so is what in_dims says of it.
+    dims = [None if isinstance(dim, (list, tuple)) else dim for dim in in_dims]
+    return _one_by_one(torch.ops.lstm_triton.layer_backward, info.batch_size, dims, arguments)

@@ -1,0 +1,37 @@
+"""Exported programs without our operators: for exporters and runtimes that know nothing of Triton.
+
+    program = torch.export.export(model, (x,), dynamic_shapes=...)  # under torch.no_grad()
+    program = program.run_decompositions(lstm_triton.decompositions())
+
+Every `lstm_triton::layer` becomes one `scan` over its steps in plain PyTorch, with every feature, any T and any B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops as ops
+from . import reference
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's default table for `ExportedProgram.run_decompositions`, and ours on top."""
+    table = torch.export.default_decompositions()
+    table[torch.ops.lstm_triton.layer.default] = _layer
+    return table
+
+
+def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors, batch_first, bidirectional, keep, _, _, _ = arguments
+    if keep != "nothing":
+        raise RuntimeError("only an inference program has a decomposition: export under torch.no_grad()")
+    from torch._higher_order_ops.scan import scan
+
+    loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
+    results = reference.ensemble_forward(*tensors, batch_first=batch_first, bidirectional=bidirectional, loop=loop)
+    nothing = tensors[0].new_empty(0)
+    return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone())
