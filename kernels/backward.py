@@ -136,7 +136,7 @@ def lstm_backward_kernel(
             waiting = in_batch & (step + 1 < seq_len)
             await_flags(flags, seq_len - 1 - step, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             dh_rec = recurrent_product(
-                source, waiting, waiting, weights, w_hh, unit, compute, H, True, PRECISION,
+                source, waiting, waiting, weights, w_hh, unit, compute, H, 4 * H, True, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
             if reset is not None:

@@ -95,7 +95,7 @@ def compile_pass(
     lengths, reset, state: whether these optional inputs are given, the last with the gradients of
     h_n and c_n. layout: of the call whose first launch is compiled; by default any.
     """
-    layout = layout or Layout(batch=config.block_b, seq_len=2, batch_first=False)
+    layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
     gates = torch.empty((layout.rows, directions, 4 * hidden_size), **meta)
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
@@ -109,14 +109,17 @@ def compile_pass(
         grid, shared = next(recurrence.calls(nvidia=arch.startswith("sm_")))
         binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
-    options = (row_lengths, marks, None, launch)
+    options: dict[str, Any] = {"lengths": row_lengths, "reset": marks, "launch": launch}
     with compiling_for(arch):
         if which == "forward":
+            if config.placement == "single":
+                x, bias = torch.empty((layout.batch, hidden_size), **meta), torch.empty(w_hh.shape[:2], **meta)
+                options["projection"] = (x, w_hh, bias)
             pair = None if given is None else (given, given)
-            lstm_forward(gates, w_hh, pair, layout, config, precision, save, *options)
+            lstm_forward(gates, w_hh, pair, layout, config, precision, save, **options)
         else:
             tensors = (sequence, given, given, gates, sequence, w_hh, given)
-            lstm_backward(*tensors, layout, config, precision, *options)
+            lstm_backward(*tensors, layout, config, precision, **options)
     return binaries[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-PLACEMENTS = ("local", "grid", "stepwise")
+PLACEMENTS = ("local", "grid", "stepwise", "single")
 PROTOCOLS = ("none", "flags", "mailbox")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -14,7 +14,8 @@ class Config:
     """One way to run one pass of the recurrence; every field but the last is part of the binary.
 
     placement: "local" (a program owns all units of its rows), "grid" (programs exchange a tile
-        each step inside one launch) or "stepwise" (one launch a step).
+        each step inside one launch), "stepwise" (one launch a step) or "single" (the one launch of a
+        sequence of one step, its input's projection included; forward only).
     protocol: "flags" or "mailbox" for "grid", "none" otherwise; see exchange.py.
     resident: W_hh is read once per launch and stays on chip; else it is re-read every step.
     units_first: the weights are the first operand of the dot; see product.py.

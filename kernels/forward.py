@@ -7,6 +7,8 @@ Buffers (layouts in tiles.py; T*B rows):
 - cells [rows, D, H]: c_t, written with SAVE only.
 - h_n, c_n [D, B, H]: the last state of each row.
 - carry_h, carry_c [D, B, H] in the compute type: state between launches, `stepwise` only.
+- x [B, I], w_ih [D, 4H, I], bias [D, 4H]: `single` only, where one launch computes xp as well and
+  gates need not hold anything on entry.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ def lstm_forward_kernel(
     lengths,  # [B] int32 or None
     reset,  # [rows] uint8 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
+    x,  # [B, I] or None
+    w_ih,  # [D, 4H, I] or None
+    bias,  # [D, 4H] or None
     batch,
     seq_len,
     row_stride_t,
@@ -48,6 +53,7 @@ def lstm_forward_kernel(
     step_begin,
     step_end,
     H: tl.constexpr,
+    INPUTS: tl.constexpr,
     D: tl.constexpr,
     ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,10 +101,11 @@ def lstm_forward_kernel(
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
         # The projected input does not depend on the others: ask for it before waiting for them.
         gate = gates + per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-        x_i = tl.load(gate, mask=owned, other=0.0)
-        x_f = tl.load(gate + H, mask=owned, other=0.0)
-        x_g = tl.load(gate + 2 * H, mask=owned, other=0.0)
-        x_o = tl.load(gate + 3 * H, mask=owned, other=0.0)
+        if PLACEMENT != "single":
+            x_i = tl.load(gate, mask=owned, other=0.0)
+            x_f = tl.load(gate + H, mask=owned, other=0.0)
+            x_g = tl.load(gate + 2 * H, mask=owned, other=0.0)
+            x_o = tl.load(gate + 3 * H, mask=owned, other=0.0)
 
         c_prev = c
         if reset is not None:
@@ -131,10 +138,23 @@ def lstm_forward_kernel(
                 readable = readable | restart
             await_flags(flags, step, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             acc = recurrent_product(
-                source, readable, waiting, weights, w_hh, unit, compute, H, False, PRECISION,
+                source, readable, waiting, weights, w_hh, unit, compute, H, H, False, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
 
+        if PLACEMENT == "single":
+            projected = recurrent_product(
+                x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction * (4 * H * INPUTS), unit, compute,
+                H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
+            x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
+            if bias is not None:
+                of_unit = bias + direction * (4 * H) + per_unit(unit, UNITS_FIRST)
+                exists = per_unit(unit < H, UNITS_FIRST)
+                x_i += tl.load(of_unit, mask=exists, other=0.0)
+                x_f += tl.load(of_unit + H, mask=exists, other=0.0)
+                x_g += tl.load(of_unit + 2 * H, mask=exists, other=0.0)
+                x_o += tl.load(of_unit + 3 * H, mask=exists, other=0.0)
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
         i, f, g, o, c_new, h_new = lstm_forward_step(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev)
         live = per_row(active, UNITS_FIRST)
@@ -159,7 +179,7 @@ def lstm_forward_kernel(
 
 
 def lstm_forward(
-    gates: torch.Tensor,
+    gates: torch.Tensor | None,
     w_hh: torch.Tensor,
     state: tuple[torch.Tensor, torch.Tensor] | None,
     layout: Layout,
@@ -171,6 +191,7 @@ def lstm_forward(
     reset_state: tuple[torch.Tensor, torch.Tensor] | None = None,
     order: str | None = None,
     c_dtype: torch.dtype | None = None,
+    projection: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
     launch: Launcher = run,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the forward recurrence of one layer -> out [rows, D, H], h_n, c_n [D, B, H], cells or None.
@@ -178,18 +199,23 @@ def lstm_forward(
     gates [rows, D, 4H] is consumed: with `save` it holds the activated gates afterwards. All
     tensors are contiguous and of one floating type, but for c_0, which may have any; lengths [B]
     int32, reset [rows] bool. order: see `runs_reversed`, by default "both" for D = 2. c_dtype: of c_n.
+    projection: x [B, I], w_ih [D, 4H, I] and bias [D, 4H] for the placement `single`, of one step;
+    gates is then only written, or None without `save`.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
-    out = gates.new_empty((layout.rows, directions, hidden_size))
-    h_n = gates.new_empty((directions, layout.batch, hidden_size))
+    if (projection is None) != (config.placement != "single") or (projection is not None and layout.seq_len != 1):
+        raise ValueError("placement 'single' is for one step, with the projection of its input")
+    x, w_ih, bias = projection or (None, None, None)
+    out = w_hh.new_empty((layout.rows, directions, hidden_size))
+    h_n = w_hh.new_empty((directions, layout.batch, hidden_size))
     c_n = torch.empty_like(h_n, dtype=c_dtype)
     cells = torch.empty_like(out) if save else None
     h_0, c_0 = state if state is not None else (None, None)
     reset_h, reset_c = reset_state if reset_state is not None else (None, None)
     carry_h = carry_c = None
     if config.placement == "stepwise":
-        carry = {"dtype": compute_dtype(gates.dtype), "memory_format": torch.contiguous_format, "copy": True}
-        carry_h = torch.zeros_like(h_n, dtype=compute_dtype(gates.dtype)) if h_0 is None else h_0.to(**carry)
+        carry = {"dtype": compute_dtype(w_hh.dtype), "memory_format": torch.contiguous_format, "copy": True}
+        carry_h = torch.zeros_like(h_n, dtype=compute_dtype(w_hh.dtype)) if h_0 is None else h_0.to(**carry)
         carry_c = torch.zeros_like(carry_h) if c_0 is None else c_0.to(**carry)
     arguments = {
         "gates": gates,
@@ -206,6 +232,10 @@ def lstm_forward(
         "carry_c": carry_c,
         "lengths": lengths,
         "reset": None if reset is None else reset.view(torch.uint8),
+        "x": x,
+        "w_ih": w_ih,
+        "bias": bias,
+        "INPUTS": 0 if x is None else x.shape[1],
         "SAVE": save,
     }
     recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, out, backward=False)

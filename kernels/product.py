@@ -33,8 +33,8 @@ def depth_of(chunk, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w_hh, unit, k, H: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr):
-    """The chunk `k` of the weights of `unit` [BLOCK_H] as it lies in W_hh [4H, H].
+def load_weights(w_hh, unit, k, H: tl.constexpr, DEPTH: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr):
+    """The chunk `k` of the weights of `unit` [BLOCK_H] as it lies in W_hh [4H, H], or forward in any [4H, DEPTH].
 
     Forward: [.., 4 * BLOCK_H, K], rows (unit, gate) with gate fastest. Backward: [.., K, BLOCK_H].
     """
@@ -46,8 +46,8 @@ def load_weights(w_hh, unit, k, H: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD
         lane = tl.arange(0, 4 * BLOCK_H)
         row_unit = tl.min(unit, axis=0) + lane // 4
         row = (lane % 4) * H + row_unit
-        mask = (row_unit < H)[:, None] & (k < H)
-        return tl.load(w_hh + row[:, None] * H + k, mask=mask, other=0.0)
+        mask = (row_unit < H)[:, None] & (k < DEPTH)
+        return tl.load(w_hh + row[:, None] * DEPTH + k, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -87,7 +87,8 @@ def resident_weights(
     DEPTH: tl.constexpr = 4 * H if BACKWARD else H
     weights = ()
     for chunk in tl.static_range((DEPTH + BLOCK_K - 1) // BLOCK_K):
-        weights = weights + (load_weights(w_hh, unit, depth_of(chunk, BLOCK_K, SPLIT_K), H, BLOCK_H, BACKWARD),)
+        k = depth_of(chunk, BLOCK_K, SPLIT_K)
+        weights = weights + (load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD),)
     return weights
 
 
@@ -98,7 +99,7 @@ def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr):
     weights = ()
     for gate in tl.static_range(4):
         k = tl.where(lane < H, gate * H + lane, 4 * H)  # 4H and up is masked
-        weights = weights + (load_weights(w_hh, unit, k, H, BLOCK_H, True),)
+        weights = weights + (load_weights(w_hh, unit, k, H, 4 * H, BLOCK_H, True),)
     return weights
 
 
@@ -131,6 +132,7 @@ def recurrent_product(
     unit,
     compute: tl.constexpr,
     H: tl.constexpr,
+    DEPTH: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
@@ -141,8 +143,10 @@ def recurrent_product(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The product over the whole depth: [BLOCK_B, width], or [width, BLOCK_B] with UNITS_FIRST."""
-    DEPTH: tl.constexpr = 4 * H if BACKWARD else H
+    """The product over the whole depth: [BLOCK_B, width], or [width, BLOCK_B] with UNITS_FIRST.
+
+    DEPTH: H forward (another for a product with something else than h), 4H backward.
+    """
     CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
     WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
     acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
@@ -154,7 +158,7 @@ def recurrent_product(
     else:
         for chunk in range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
-            w = load_weights(w_hh, unit, k, H, BLOCK_H, BACKWARD)
+            w = load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD)
             tile = collect_chunk(source, readable, waiting, k, DEPTH, UNITS_FIRST, SPLIT_K, PROTOCOL)
             acc = multiply(tile, w, acc, UNITS_FIRST, BACKWARD, PRECISION)
     if SPLIT_K > 1:

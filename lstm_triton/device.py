@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
+
+from .settings import COOPERATIVE
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ INTERPRETER = Device("Triton interpreter", "interpreter", 1, 1 << 30, cooperativ
 
 def device_of(device: torch.device) -> Device:
     """The GPU behind a torch device. Reads its properties once; a MIG slice counts its own SMs."""
-    return _device_of(torch.cuda.current_device() if device.index is None else device.index)
+    found = _device_of(torch.cuda.current_device() if device.index is None else device.index)
+    return found if COOPERATIVE.read() == "1" else replace(found, cooperative=False)
 
 
 @cache

@@ -18,7 +18,7 @@ from .kernels.backward import lstm_backward
 from .kernels.config import Config, Layout
 from .kernels.forward import lstm_forward
 from .kernels.matmul import matmul
-from .planner import NoPlan
+from .planner import NoPlan, plan_single
 from .precision import matmul_precision
 from .problem import PASSES, SMALLEST_BATCH, Problem
 from .routing import kernel_device, plan_for
@@ -74,6 +74,20 @@ class Options:
         if a.dim() == 2:
             return matmul(a, b, None, self.precision)
         return torch.stack([matmul(one, other, None, self.precision) for one, other in zip(a, b)])
+
+
+def _single_config(v: Inputs, options: Options, layout: Layout) -> Config | None:
+    """The config of a sequence of one step in one launch; None if it is to be computed as any other."""
+    if layout.seq_len != 1 or v.x.dim() == 4 or v.x.shape[2] == 0 or options.batch_invariant:
+        return None
+    if options.plan:
+        config = Config.decode(options.plan.split("|")[0])
+        return config if config.placement == "single" else None
+    device = kernel_device(v.w_hh.device)
+    if isinstance(device, NoPlan):
+        return None
+    dtype, (sets, _, hidden_size) = str(v.w_hh.dtype).removeprefix("torch."), v.w_hh.shape
+    return plan_single(Problem("forward", hidden_size, layout.batch, sets, dtype, options.precision), device)
 
 
 def refusal(v: Inputs, options: Options) -> str:
@@ -163,11 +177,18 @@ def projected_input(v: Inputs, options: Options) -> Tensor:
 
 def forward(
     v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """out [S, D * H], h_n, c_n, gates (activated if `save`, else spent) and cells (None unless `save`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """out [S, D * H], h_n, c_n, gates (activated if `save`, else spent or None) and cells (None unless `save`)."""
     layout = options.layout(v.x)
-    config = choose_config("forward", options, v.w_hh, layout.batch)
-    gates = projected_input(v, options)
+    config = _single_config(v, options, layout)
+    gates = projection = None
+    if config is None:
+        config = choose_config("forward", options, v.w_hh, layout.batch)
+        gates = projected_input(v, options)
+    else:
+        projection = _aligned(v.x.view(layout.batch, v.x.shape[2])), _aligned(v.w_ih), ready(v.bias)
+        if save:
+            gates = v.x.new_empty((layout.batch, *v.w_hh.shape[:2]))
     lengths, reset = _marks(v, layout)
     out, h_n, c_n, cells = lstm_forward(
         gates,
@@ -182,6 +203,7 @@ def forward(
         _pair(v.reset_h, v.reset_c),
         options.order,
         c_dtype,
+        projection,
     )
     # Not a view for autograd: one could not be changed in place (`_unsafe_view` is what aten's matmul returns).
     out = torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], out.shape[1] * out.shape[2]])

@@ -116,7 +116,13 @@ def layer(
             out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
             return out, h_n, c_n, nothing, nothing.clone()
     out, h_n, c_n, gates, cells = layers.forward(v, options, keep != "nothing", c_dtype)
-    return out, h_n, c_n, gates if keep == "all" else nothing, nothing.clone() if cells is None else cells
+    return (
+        out,
+        h_n,
+        c_n,
+        nothing if gates is None or keep != "all" else gates,
+        nothing.clone() if cells is None else cells,
+    )
 
 
 @layer.register_fake

@@ -22,6 +22,7 @@ from .problem import ELEMENT_SIZE, Problem, bucket_of, bucket_of_batch, ceil_div
 from .tuning.table import NO_TABLE, Table
 
 LARGEST_HIDDEN_SIZE = 16_384  # offsets inside W_hh [4H, H] are 32-bit
+SINGLE_BATCH = 64  # rows of the largest batch whose single step is one launch; not measured yet
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
     if not found:
         return NoPlan(f"no config for {problem} fits the shared memory of {device.name} ({device.shared_memory} bytes)")
     return Plan(min(found, key=lambda config: microseconds_per_step(config, problem, device)), "heuristic")
+
+
+def plan_single(problem: Problem, device: Device) -> Config | None:
+    """The config for one forward step in one launch, its input's projection included; None where none fits.
+
+    Every program reads its slices of both weight matrices once, whatever the batch: a wide batch is left to a GEMM.
+    """
+    return _plan_single(replace(problem, batch=bucket_of_batch(problem.batch)), device)
+
+
+@lru_cache(maxsize=4096)
+def _plan_single(problem: Problem, device: Device) -> Config | None:
+    if problem.batch > SINGLE_BATCH or refusal(device, problem.dtype, problem.precision) is not None:
+        return None
+    found = [config for config in candidates(problem, device) if config.placement == "stepwise" and not config.resident]
+    best = min(found, key=lambda config: microseconds_per_step(config, problem, device), default=None)
+    return None if best is None else replace(best, placement="single")
 
 
 def admissible(problem: Problem, device: Device) -> list[Config]:

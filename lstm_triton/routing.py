@@ -24,7 +24,7 @@ from .kernels.launch import is_interpreted
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
 from .problem import PASSES, Problem, bucket_of
-from .settings import strict
+from .settings import COOPERATIVE, strict
 from .tuning.store import active_table
 from .tuning.table import Bout, Table
 
@@ -103,7 +103,12 @@ def possible_refusal(
     """The same as a question: nothing is raised or logged."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     return (
-        _refusal(device, Request(backend, dtype, resolve_precision(precision), hidden_size, directions)) or _transform()
+        _refusal(
+            device,
+            Request(backend, dtype, resolve_precision(precision), hidden_size, directions),
+            COOPERATIVE.read(),  # for the cache: it is part of what `kernel_device` gives
+        )
+        or _transform()
     )
 
 
@@ -145,7 +150,7 @@ aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `ker
 
 
 @lru_cache(maxsize=4096)
-def _refusal(device: torch.device, request: Request) -> str:
+def _refusal(device: torch.device, request: Request, cooperative: str) -> str:
     if request.backend == "auto" and device.type == "cpu":
         return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
     return refusal_on(kernel_device(device), request)

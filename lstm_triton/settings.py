@@ -47,7 +47,14 @@ STRICT = Variable(
     ("0", "1"),
     '1: on a GPU backend="auto" means "triton": a call that the kernels cannot run raises, with the reason',
 )
-VARIABLES = (AUTOTUNE, CACHE_DIR, STRICT)
+COOPERATIVE = Variable(
+    "LSTM_TRITON_COOPERATIVE",
+    "1",
+    ("0", "1"),
+    "0: no plan whose programs wait for each other inside a launch; what does not fit one program then takes one "
+    'launch a step with backend="triton", and PyTorch\'s path with "auto"',
+)
+VARIABLES = (AUTOTUNE, CACHE_DIR, COOPERATIVE, STRICT)
 
 
 def cache_dir() -> Path:

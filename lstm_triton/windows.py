@@ -119,6 +119,7 @@ def backward(
         for index, start, end in reversed(list(_windows(seq_len, size, reverse))):
             window = _restrict(v, options, start, end, which)._replace(h_0=at_h[index, which], c_0=at_c[index, which])
             out, _, _, gates, cells = layer.forward(window, one_way, True)
+            assert gates is not None
             assert cells is not None
             dout = given.out
             if dout is not None:
