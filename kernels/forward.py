@@ -100,12 +100,12 @@ def lstm_forward_kernel(
         rows = time_of(step, length, reverse) * row_stride_t + b * row_stride_b
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
         # The projected input does not depend on the others: ask for it before waiting for them.
-        gate = gates + per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
+        offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         if PLACEMENT != "single":
-            x_i = tl.load(gate, mask=owned, other=0.0)
-            x_f = tl.load(gate + H, mask=owned, other=0.0)
-            x_g = tl.load(gate + 2 * H, mask=owned, other=0.0)
-            x_o = tl.load(gate + 3 * H, mask=owned, other=0.0)
+            x_i = tl.load(gates + offset, mask=owned, other=0.0)
+            x_f = tl.load(gates + offset + H, mask=owned, other=0.0)
+            x_g = tl.load(gates + offset + 2 * H, mask=owned, other=0.0)
+            x_o = tl.load(gates + offset + 3 * H, mask=owned, other=0.0)
 
         c_prev = c
         if reset is not None:
@@ -165,10 +165,10 @@ def lstm_forward_kernel(
         tl.store(out + sequence, h_t, mask=owned)
         raise_flag(flags, hidden_tile, step + 1, PROTOCOL)
         if SAVE:
-            tl.store(gate, i.to(dtype), mask=owned)
-            tl.store(gate + H, f.to(dtype), mask=owned)
-            tl.store(gate + 2 * H, g.to(dtype), mask=owned)
-            tl.store(gate + 3 * H, o.to(dtype), mask=owned)
+            tl.store(gates + offset, i.to(dtype), mask=owned)
+            tl.store(gates + offset + H, f.to(dtype), mask=owned)
+            tl.store(gates + offset + 2 * H, g.to(dtype), mask=owned)
+            tl.store(gates + offset + 3 * H, o.to(dtype), mask=owned)
             tl.store(cells + sequence, c.to(dtype), mask=owned)
 
     if PLACEMENT == "stepwise":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,8 @@ def lstm(
             result = run(input, w_ih, w_hh, biases, state, fresh)
         else:
             parts = (input, w_ih, w_hh, w_hr, biases, state, fresh)
-            result = projected_layer(run, *parts, lengths, reset, batch_first)
+            project = partial(ops.linear, precision=precision) if batch_invariant else F.linear
+            result = projected_layer(run, *parts, lengths, reset, batch_first, project)
         results.append(result)
         input = result.out
         if dropout and training and index < num_layers - 1:

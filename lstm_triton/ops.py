@@ -34,6 +34,7 @@ from torch import Tensor
 from . import layer as layers
 from . import reference, windows
 from .kernels.launch import compute_dtype
+from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
 from .precision import resolve_precision
 from .routing import warn_once_of_the_loop
@@ -235,3 +236,38 @@ def _with_a_graph(
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("lstm_triton::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """x [..., K] times weight [N, K] transposed -> [..., N]; a row's bits do not depend on the others."""
+    rows = matmul(x.reshape(-1, x.shape[-1]), weight.t(), None, resolve_precision(precision))
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+@linear.register_fake
+def _(x, weight, precision):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    dx = linear(grad, weight.t(), ctx.precision) if ctx.needs_input_grad[0] else None
+    dweight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    return dx, dweight, None
+
+
+def _linear_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.precision = inputs[2]
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_context)
+
+
+@linear.register_vmap
+def _(info, in_dims, x, weight, precision):
+    if in_dims[1] is None:
+        return linear(x.movedim(in_dims[0], 0), weight, precision), 0
+    members = [x if in_dims[0] is None else x.select(in_dims[0], index) for index in range(info.batch_size)]
+    return torch.stack([linear(one, w, precision) for one, w in zip(members, weight.movedim(in_dims[1], 0))]), 0

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .hoisted import previous_hidden
 from .validation import State
@@ -41,8 +42,9 @@ def projected_layer(
     lengths: Tensor | None,
     reset: Tensor | None,
     batch_first: bool,
+    project: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> LayerResult:
-    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection.
+    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection; project(m [..., H], w_hr [P, H]) is h.
 
     w_hh [D, 4H, P], w_hr [D, P, H], h_0 and reset_h [D, B, P]; out [S, D * P], h_n [D, B, P], c_n [D, B, H].
     """
@@ -57,11 +59,11 @@ def projected_layer(
         blocks = torch.block_diag(*w_hh.unbind()).unflatten(0, (directions, -1))  # [D, 4H, D * P]
         w_ih = torch.cat((w_ih, blocks), -1)
     result = run(x, w_ih, w_hh @ w_hr, bias, _without_h(state), _without_h(reset_state))
-    h_n = result.h_n @ w_hr.transpose(1, 2)
+    h_n = torch.stack([project(m, w) for m, w in zip(result.h_n, w_hr)])
     if lengths is not None and h_0 is not None:
         h_n = torch.where((lengths == 0).unsqueeze(-1), h_0, h_n)  # a row without steps hands its state through
     by_direction = result.out.unflatten(-1, (directions, -1)).unbind(-2)
-    out = torch.cat([m @ w_hr[d].t() for d, m in enumerate(by_direction)], -1)
+    out = torch.cat([project(m, w) for m, w in zip(by_direction, w_hr)], -1)
     return result._replace(out=out, h_n=h_n)
 
 

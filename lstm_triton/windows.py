@@ -135,6 +135,7 @@ def backward(
                     if name in sums:
                         sums[name][which] += torch.where(fresh, grad, 0)
                 dh, dc = torch.where(fresh, 0, dh), torch.where(fresh, 0, dc)
+            del out, gates, cells  # before the next window has its own
             for name, part in parts.items():
                 total = sums[name].narrow(time, start, end - start) if name == "x" else sums[name][which]
                 total += part

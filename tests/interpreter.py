@@ -12,6 +12,7 @@ and a cast to bf16 truncates where hardware rounds to nearest even.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import random
@@ -98,6 +99,28 @@ def _pausing(scheduler: Scheduler, method, volatile_only: bool, after: bool):
 
 
 @contextlib.contextmanager
+def ordered_dots() -> Iterator[None]:
+    """Dots that sum over the depth in one order for every element, as a matrix unit does.
+
+    The BLAS behind NumPy does not: which of its inner loops an element is in depends on its place.
+    """
+
+    def dot(a, b, d, *rest):
+        left, right, acc = (np.asarray(handle.data) for handle in (a, b, d))
+        acc = acc.copy()
+        for k in range(left.shape[-1]):
+            acc += left[..., :, k, None].astype(acc.dtype) * right[..., k, None, :].astype(acc.dtype)
+        return interpreter.TensorHandle(acc, d.dtype.scalar)
+
+    create_dot = BUILDER.create_dot
+    BUILDER.create_dot = dot
+    try:
+        yield
+    finally:
+        BUILDER.create_dot = create_dot
+
+
+@contextlib.contextmanager
 def cooperative(seed: int, patience: int = PATIENCE) -> Iterator[Scheduler]:
     """Within the block, launches run under a scheduler with this seed."""
     scheduler = Scheduler(seed, patience)
@@ -166,3 +189,12 @@ def patch_language_once() -> None:
 
     interpreter.GridExecutor.__call__ = call_executor
     interpreter.InterpretedFunction.__call__ = call_function
+    # It builds a table of all types at every call, and is called for every tile.
+    plain = interpreter._get_np_dtype
+    of_type = functools.cache(plain)
+
+    def np_dtype(dtype):
+        dtype = dtype.element_ty if dtype.is_block() else dtype
+        return plain(dtype) if dtype.is_ptr() else of_type(dtype)
+
+    interpreter._get_np_dtype = np_dtype
