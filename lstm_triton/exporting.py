@@ -3,7 +3,9 @@
     program = torch.export.export(model, (x,), dynamic_shapes=...)  # under torch.no_grad()
     program = program.run_decompositions(lstm_triton.decompositions())
 
-Every `lstm_triton::layer` becomes one `scan` over its steps in plain PyTorch, with every feature, any T and any B.
+Without `decompositions` the program holds our operators, and runs wherever `lstm_triton` is imported: by the kernels
+where there are some for its tensors, else in plain PyTorch. With them every `lstm_triton::layer` becomes one `scan`
+over its steps, with every feature, any T and any B.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's default table for `ExportedProgram.run_decompositions`, and ours on top."""
     table = torch.export.default_decompositions()
     table[torch.ops.lstm_triton.layer.default] = _layer
+    table[torch.ops.lstm_triton.linear.default] = lambda x, weight, precision: torch.nn.functional.linear(x, weight)
     return table
 
 
@@ -33,5 +36,5 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
     loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
     results = reference.ensemble_forward(*tensors, batch_first=batch_first, bidirectional=bidirectional, loop=loop)
-    nothing = tensors[0].new_empty(0)
+    nothing = tensors[0].new_zeros(0)
     return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone())

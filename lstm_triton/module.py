@@ -48,6 +48,13 @@ def check_options(backend: str, precision: str | None, recompute: str = "none") 
     check_recompute(recompute)
 
 
+def _of_type(hx: State | None, dtype: torch.dtype) -> State | None:
+    """For PyTorch's own path, which wants a state of the input's type: any other floating one in it."""
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in hx):
+        return hx  # it knows what to say
+    return tuple(t.to(dtype) for t in hx)  # type: ignore[return-value]
+
+
 def _check_pair(hx: State) -> None:
     if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
@@ -194,6 +201,7 @@ class LSTM(nn.RNNBase):
             return self._forward_nested(input, hx, return_states)
         plain = unmarked and not return_states and self.recompute == "none" and not self.batch_invariant
         if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
+            hx = _of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
                 return _untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
@@ -204,7 +212,7 @@ class LSTM(nn.RNNBase):
                 return _untraced(LSTM._forward_packed, self, input, hx, return_states)
             return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
-            return self._by_cudnn(input, hx)  # type: ignore[arg-type]
+            return self._by_cudnn(input, _of_type(hx, input.dtype))  # type: ignore[arg-type]
         return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
 
     def _forward_padded(
@@ -341,7 +349,7 @@ class LSTMCell(nn.LSTMCell):
         refusal = self.refusal(input)
         plain = active is None and reset is None and reset_state is None
         if refusal and plain and aten_can():
-            return super().forward(input, hx)
+            return super().forward(input, _of_type(hx, input.dtype))
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         self._check_sizes(input, hx)

@@ -44,7 +44,7 @@ def projected_layer(
     batch_first: bool,
     project: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> LayerResult:
-    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection; project(m [..., H], w_hr [P, H]) is h.
+    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection, project(m [..., H], w_hr [P, H]) h.
 
     w_hh [D, 4H, P], w_hr [D, P, H], h_0 and reset_h [D, B, P]; out [S, D * P], h_n [D, B, P], c_n [D, B, H].
     """
