@@ -89,11 +89,14 @@ def compile_pass(
     reset: bool = False,
     state: bool = True,
     layout: Layout | None = None,
+    order: str | None = None,
+    states: bool = False,
 ) -> Any:
     """Triton's binary of one pass ("forward" or "backward") of a layer.
 
     lengths, reset, state: whether these optional inputs are given, the last with the gradients of
-    h_n and c_n. layout: of the call whose first launch is compiled; by default any.
+    h_n and c_n. layout: of the call whose first launch is compiled; by default any. order: as for the
+    launchers. states: whether gradients of the saved gates and cells are given (backward).
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
@@ -109,7 +112,7 @@ def compile_pass(
         grid, shared = next(recurrence.calls(nvidia=arch.startswith("sm_")))
         binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
-    options: dict[str, Any] = {"lengths": row_lengths, "reset": marks, "launch": launch}
+    options: dict[str, Any] = {"lengths": row_lengths, "reset": marks, "order": order, "launch": launch}
     with compiling_for(arch):
         if which == "forward":
             if config.placement == "single":
@@ -118,6 +121,8 @@ def compile_pass(
             pair = None if given is None else (given, given)
             lstm_forward(gates, w_hh, pair, layout, config, precision, save, **options)
         else:
+            if states:
+                options |= {"dcells": sequence, "dactivated": gates}
             tensors = (sequence, given, given, gates, sequence, w_hh, given)
             lstm_backward(*tensors, layout, config, precision, **options)
     return binaries[0]

@@ -95,6 +95,20 @@ def lstm_forward_kernel(
     if RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
 
+    if PLACEMENT == "single":
+        projected = recurrent_product(
+            x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction * (4 * H * INPUTS), unit, compute,
+            H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
+        x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
+        if bias is not None:
+            of_unit = bias + direction * (4 * H) + per_unit(unit, UNITS_FIRST)
+            exists = per_unit(unit < H, UNITS_FIRST)
+            x_i += tl.load(of_unit, mask=exists, other=0.0)
+            x_f += tl.load(of_unit + H, mask=exists, other=0.0)
+            x_g += tl.load(of_unit + 2 * H, mask=exists, other=0.0)
+            x_o += tl.load(of_unit + 3 * H, mask=exists, other=0.0)
+
     for step in range(step_begin, step_end):
         active = step < length
         rows = time_of(step, length, reverse) * row_stride_t + b * row_stride_b
@@ -142,19 +156,6 @@ def lstm_forward_kernel(
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
 
-        if PLACEMENT == "single":
-            projected = recurrent_product(
-                x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction * (4 * H * INPUTS), unit, compute,
-                H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
-            )  # fmt: skip
-            x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
-            if bias is not None:
-                of_unit = bias + direction * (4 * H) + per_unit(unit, UNITS_FIRST)
-                exists = per_unit(unit < H, UNITS_FIRST)
-                x_i += tl.load(of_unit, mask=exists, other=0.0)
-                x_f += tl.load(of_unit + H, mask=exists, other=0.0)
-                x_g += tl.load(of_unit + 2 * H, mask=exists, other=0.0)
-                x_o += tl.load(of_unit + 3 * H, mask=exists, other=0.0)
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
         i, f, g, o, c_new, h_new = lstm_forward_step(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev)
         live = per_row(active, UNITS_FIRST)

@@ -212,7 +212,7 @@ class LSTM(nn.RNNBase):
                 return _untraced(LSTM._forward_packed, self, input, hx, return_states)
             return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
-            return self._by_cudnn(input, _of_type(hx, input.dtype))  # type: ignore[arg-type]
+            return self._by_cudnn(input, _of_type(hx, input.dtype))  # type: ignore[arg-type,union-attr]
         return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
 
     def _forward_padded(

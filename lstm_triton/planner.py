@@ -87,20 +87,16 @@ def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
 
 
 def plan_single(problem: Problem, device: Device) -> Config | None:
-    """The config for one forward step in one launch, its input's projection included; None where none fits.
+    """The config for one forward step in one launch, its input's projection included; None where there is none.
 
     Every program reads its slices of both weight matrices once, whatever the batch: a wide batch is left to a GEMM.
+    The tiles are small, for many programs to share the reading; with larger ones the compiler spills on some targets.
     """
-    return _plan_single(replace(problem, batch=bucket_of_batch(problem.batch)), device)
-
-
-@lru_cache(maxsize=4096)
-def _plan_single(problem: Problem, device: Device) -> Config | None:
-    if problem.batch > SINGLE_BATCH or refusal(device, problem.dtype, problem.precision) is not None:
+    if device.is_amd or problem.batch > SINGLE_BATCH or problem.hidden_size > LARGEST_HIDDEN_SIZE:
         return None
-    found = [config for config in candidates(problem, device) if config.placement == "stepwise" and not config.resident]
-    best = min(found, key=lambda config: microseconds_per_step(config, problem, device), default=None)
-    return None if best is None else replace(best, placement="single")
+    if refusal(device, problem.dtype, problem.precision) is not None:
+        return None
+    return Config("single", "none", False, device.has_wgmma, 1, 16, 16, 32, 8 if device.is_nvidia else 4, 2)
 
 
 def admissible(problem: Problem, device: Device) -> list[Config]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 import triton
 from lstm_triton.kernels.backward import lstm_backward_kernel
-from lstm_triton.kernels.compile import compile_pass, report_of
+from lstm_triton.kernels.compile import compile_pass, compiling_for, report_of
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
+from lstm_triton.kernels.matmul import matmul_kernel
 
 from lstm_triton.cost import shared_bytes
 from lstm_triton.device import KNOWN
-from lstm_triton.planner import plan
+from lstm_triton.planner import plan, plan_single
 from lstm_triton.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
@@ -134,6 +135,40 @@ def test_every_feature_compiles(which: str) -> None:
             hidden_size = 64 if local else 256
             features = dict(directions=2, save=False, lengths=True, reset=True)
             compile_pass(which, config, arch, hidden_size, torch.float16, **features)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("order", ["forward", "reverse", "both"])
+def test_sets_of_weights_in_any_order_compile(which: str, order: str) -> None:
+    """Ensembles and windows of either direction, with gradients of the states of every step."""
+    for protocol in ("mailbox", "flags"):
+        options = dict(directions=4, order=order, states=True, lengths=True, reset=True)
+        assert (
+            report_of(compile_pass(which, grid(protocol, which), "sm_90", 256, torch.bfloat16, **options)).spills == 0
+        )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_step_in_one_launch_compiles(arch: str, dtype: torch.dtype) -> None:
+    for hidden_size in (20, 512, 650):
+        problem = Problem("forward", hidden_size, 16, 1, str(dtype).removeprefix("torch."), "tf32")
+        config = plan_single(problem, KNOWN[arch])
+        report = report_of(compile_pass("forward", config, arch, hidden_size, dtype, lengths=True, reset=True))
+        assert report.spills == 0
+        assert report.shared <= KNOWN[arch].shared_memory
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_product_of_batch_invariance_compiles(arch: str, dtype: torch.dtype) -> None:
+    a, b = torch.empty(100, 70, dtype=dtype, device="meta"), torch.empty(70, 50, dtype=dtype, device="meta")
+    with compiling_for(arch):
+        binary = matmul_kernel.run(
+            a, b, None, torch.empty(100, 50, dtype=dtype, device="meta"), 100, 70, 50, *b.stride(),
+            PRECISION="ieee", BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, grid=(2, 1, 1), warmup=True,
+        )  # fmt: skip
+    assert report_of(binary).spills == 0
 
 
 def test_no_size_of_a_batch_is_compiled_in() -> None:
