@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What to run on a GPU: perf/on_gpu.sh STAGE FOLDER. Every stage ends within 8 minutes; its rows and logs
 # go to FOLDER. In this order half an hour settles the most:
-#   tests      the gpu tests, then the ceilings
+#   tests      the gpu tests of the kernels, then the ceilings
+#   drop-in    the gpu tests of graphs, memory modes, ensembles, single steps and the like; a PPO update's resets
 #   open       sweep of the region "open" (and so on: home, small, users, scaling)
 #   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
 #              mkdir -p lstm_triton/tuning/shipped && cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
@@ -23,13 +24,19 @@ cp -r lstm_triton "$site/" && cp -r kernels "$site/lstm_triton/kernels"
 export PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD/perf" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out"
 python=${PYTHON:-python3}
 limited() { timeout --signal INT --kill-after 20 "$@"; }  # an interrupted sweep keeps its rows
-gpu_tests() { "$@" "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py ${select:+-k "$select"}; }
+gpu_tests() { "$@" "$python" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}" ${select:+-k "$select"}; }
+files=(tests/test_gpu.py)
 sweep() { limited 460 "$python" perf/sweep.py --out "$out/$stage.csv" --resume "$@" 2>&1 | tee "$out/$stage.txt"; }
 status=0
 case $stage in
   tests)
     gpu_tests limited 380 2>&1 | tee "$out/tests.txt" || status=$?
     limited 80 "$python" perf/floor.py --out "$out/floor.csv" 2>&1 | tee "$out/floor.txt" || status=$?
+    ;;
+  drop-in)
+    files=(tests/test_gpu_drop_in.py)
+    gpu_tests limited 300 2>&1 | tee "$out/drop-in.txt" || status=$?
+    limited 120 "$python" perf/ppo_resets.py 2>&1 | tee "$out/ppo-resets.txt" || status=$?
     ;;
   small | home | open | users) sweep --set "$stage" || status=$? ;;
   scaling) sweep --set scaling --provider nn_lstm ours_kernels per_step --mode forward train memory || status=$? ;;
