@@ -5,9 +5,10 @@ from lstm_triton import LSTM  # in place of torch.nn.LSTM
 
 from . import convert, functional
 from ._version import __version__
+from .cell import LSTMCell
 from .explain import explain
 from .exporting import decompositions
-from .module import LSTM, LSTMCell
+from .module import LSTM
 from .patching import patch, unpatch
 
 __all__ = [

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .cell import LSTMCell
 from .cost import Work, microseconds_per_step, work_per_step
 from .cudnn import Algorithm, Call, algorithm
 from .device import Device
 from .kernels.config import Config
-from .module import LSTM, LSTMCell
+from .module import LSTM
 from .planner import NoPlan
 from .precision import resolve_precision
 from .problem import PASSES, Problem
