@@ -51,7 +51,8 @@ def microseconds_per_step(config: Config, problem: Problem, device: Device) -> f
     time += tile / 64 / clock + (0 if config.resident else weights) * min(programs, device.multiprocessors) / l2
     chunks = depth // config.block_k if config.placement != "local" else 1
     time += {"none": 0.02, "flags": 0.02, "mailbox": 0.06}[config.protocol] * chunks
-    time += {"local": 0.2, "grid": 0.9 if config.protocol == "flags" else 0.8, "stepwise": 20.0}[config.placement]
+    exchange = 0.9 if config.protocol == "flags" else 0.8
+    time += {"local": 0.2, "grid": exchange, "stepwise": 20.0, "single": 0.0}[config.placement]
     time += 0.01 * config.block_b * config.block_h / (32 * config.num_warps)
     return time * waves
 

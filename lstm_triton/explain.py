@@ -13,7 +13,7 @@ from .cudnn import Algorithm, Call, algorithm
 from .device import Device
 from .kernels.config import Config
 from .module import LSTM
-from .planner import NoPlan
+from .planner import NoPlan, Plan, plan_single
 from .precision import resolve_precision
 from .problem import PASSES, Problem
 from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
@@ -37,6 +37,8 @@ class PassPath:
     def __str__(self) -> str:
         config, work = self.config, self.work
         weights = "resident on chip" if config.resident else "re-read from L2 every step"
+        if config.placement == "single":
+            weights = "and W_ih read once, in one launch"
         exchange = "" if config.protocol == "none" else f", exchange by {config.protocol}"
         return (
             f"  {self.which}: {config.placement}{exchange}, W_hh {weights}, plan from {self.source}\n"
@@ -94,7 +96,9 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     dtype = compute_dtype(data.device.type, next(module.parameters()).dtype)
     sizes = (module.input_size, module.hidden_size, _batch(module, input), layers, directions)
     call = Call(*sizes, dtype, proj_size, packed)
-    return _explanation(call, resolve_precision(module.precision or ""), kernel_device(data.device), reason)
+    one_step = isinstance(module, LSTMCell) or (not packed and _steps(module, data) == 1)
+    one_step = one_step and not getattr(module, "batch_invariant", False)
+    return _explanation(call, resolve_precision(module.precision or ""), kernel_device(data.device), reason, one_step)
 
 
 def explain_call(
@@ -113,27 +117,34 @@ def explain_call(
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if not reason and not must and backend == "auto" and isinstance(device, Device):
         reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)
-    return _explanation(call, precision, device, reason)
+    return _explanation(call, precision, device, reason, seq_len == 1)
 
 
-def _explanation(call: Call, precision: str, device: Device | NoPlan, reason: str) -> Explanation:
+def _explanation(call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool) -> Explanation:
     asked: tuple[Algorithm, ...] = ()
     if isinstance(device, Device) and device.is_nvidia:
         asked = tuple(algorithm(call, device, which) for which in PASSES)
     if reason:
         return Explanation(tuple(LayerPath(n, "torch", reason, (), asked) for n in range(call.num_layers)))
     assert isinstance(device, Device)
-    passes = tuple(_pass(which, call, precision, device) for which in PASSES)
+    passes = tuple(_pass(which, call, precision, device, one_step) for which in PASSES)
     why = f"a plan exists for {call.dtype} on {device.name}"
     return Explanation(tuple(LayerPath(n, "triton", why, passes, asked) for n in range(call.num_layers)))
 
 
-def _pass(which: str, call: Call, precision: str, device: Device) -> PassPath:
+def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool) -> PassPath:
     problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision)
     chosen = plan_for(problem, device)
     assert not isinstance(chosen, NoPlan)
+    single = plan_single(problem, device) if one_step and which == "forward" else None
+    if single is not None:
+        chosen = Plan(single, "heuristic")
     work = work_per_step(chosen.config, problem)
     return PassPath(which, chosen.config, chosen.source, work, microseconds_per_step(chosen.config, problem, device))
+
+
+def _steps(module: LSTM, input: Tensor) -> int:
+    return input.shape[1 if input.dim() == 3 and module.batch_first else 0]
 
 
 def _batch(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> int:

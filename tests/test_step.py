@@ -10,7 +10,7 @@ from layers import Case, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Config
 from torch import Tensor
 
-from lstm_triton import LSTM, LSTMCell, layer
+from lstm_triton import LSTM, LSTMCell, explain, layer
 from lstm_triton.device import KNOWN
 from lstm_triton.planner import SINGLE_BATCH, plan_single
 from lstm_triton.problem import Problem
@@ -74,6 +74,13 @@ def test_there_is_a_plan(arch: str, dtype: str, hidden_size: int) -> None:
     assert config is not None
     assert (config.placement, config.protocol, config.resident) == ("single", "none", False)
     assert plan_single(replace(problem, batch=SINGLE_BATCH + 1), KNOWN[arch]) is None
+
+
+def test_explain_says_so() -> None:
+    module = LSTM(4, 5, backend="triton")
+    assert "forward: single, W_hh and W_ih read once, in one launch" in str(explain(module, torch.randn(1, 2, 4)))
+    assert "single" in str(explain(LSTMCell(4, 5, backend="triton"), torch.randn(2, 4)))
+    assert "single" not in str(explain(module, torch.randn(2, 2, 4)))
 
 
 def test_streaming_equals_the_sequence() -> None:
