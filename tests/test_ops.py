@@ -60,6 +60,19 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(torch.ops.lstm_triton.layer_backward.default, backward_arguments(case))
 
 
+@pytest.mark.parametrize("keep", ["cells", "chunk:2"])
+def test_opcheck_of_memory_modes(keep: str) -> None:
+    case = Case(directions=2, lengths=True, reset=True, batch_first=True)
+    torch.library.opcheck(torch.ops.lstm_triton.layer.default, arguments(case, torch.float32, keep=keep))
+    torch.library.opcheck(torch.ops.lstm_triton.layer_backward.default, backward_arguments(case, keep=keep))
+
+
+def test_opcheck_of_the_linear_operator() -> None:
+    x, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.lstm_triton.linear.default, (x, weight, "ieee"))
+    torch.testing.assert_close(torch.ops.lstm_triton.linear(x, weight, "ieee"), x @ weight.t())
+
+
 def backward_arguments(case: Case, wanted: list[bool] | None = None, keep: str = "all") -> tuple:
     inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case, torch.float32, keep=keep)]
     out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*inputs)
