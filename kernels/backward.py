@@ -88,7 +88,7 @@ def lstm_backward_kernel(
     elif dc_n is not None:
         dc = tl.load(dc_n + state, mask=owned, other=0.0).to(compute)
 
-    w_hh += direction * 4 * H * H
+    w_hh += direction.to(tl.int64) * (4 * H * H)
     weights = ()
     if PLACEMENT == "local":
         weights = gate_weights(w_hh, unit, H, BLOCK_H)

@@ -90,15 +90,15 @@ def lstm_forward_kernel(
         h = tl.load(h_0 + state, mask=owned, other=0.0).to(compute)
         c = tl.load(c_0 + state, mask=owned, other=0.0).to(compute)
 
-    w_hh += direction * 4 * H * H
+    w_hh += direction.to(tl.int64) * (4 * H * H)
     weights = ()
     if RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
 
     if PLACEMENT == "single":
         projected = recurrent_product(
-            x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction * (4 * H * INPUTS), unit, compute,
-            H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+            x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction.to(tl.int64) * (4 * H * INPUTS), unit,
+            compute, H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
         if bias is not None:

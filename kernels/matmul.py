@@ -59,6 +59,8 @@ def matmul_kernel(
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, precision: str = "ieee") -> torch.Tensor:
     """a [rows, depth] @ b [depth, width] + bias [width] -> [rows, width], accumulated in fp32 (fp64 for fp64)."""
     a = a.contiguous()
+    if a.data_ptr() % 16:
+        a = a.clone()  # an unaligned pointer would be another binary, with another order of sums
     out = a.new_empty((a.shape[0], b.shape[1]))
     if out.numel() == 0:
         return out

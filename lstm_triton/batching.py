@@ -1,11 +1,13 @@
 """What `torch.func.vmap` makes of the operators.
 
-Over weights: the members of an ensemble are further sets of weights, and run side by side in one launch. Over inputs or
-states alone: they are further rows of the batch. Over lengths or resets, and in backward passes: one after another.
+Over weights: the members of an ensemble are further sets of weights, and run side by side in one launch, or in a few.
+Over inputs or states alone: they are further rows of the batch. Over lengths or resets, and in backward passes: one
+after another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,12 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .cost import microseconds_per_step
 from .layer import Inputs
+from .planner import NoPlan
+from .precision import resolve_precision
+from .problem import PASSES, Problem, ceil_div
+from .routing import kernel_device, plan_for
 
 # For each of `Inputs` the axis that is mapped over, None for none: as vmap hands it over.
 Dims = Sequence[int | None]
@@ -46,7 +53,57 @@ def _(info, in_dims, *arguments):
     return _as_sets(members, dims, v, options)
 
 
+def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precision: str) -> int:
+    """How many members of an ensemble go into one launch: more at a time is better until they crowd each other out.
+
+    sets: of weights of each member. By the planner's estimate of both passes, in halves.
+    """
+    device = kernel_device(w_hh.device)
+    if isinstance(device, NoPlan) or device.arch == "interpreter":
+        return members
+    dtype, precision = str(w_hh.dtype).removeprefix("torch."), resolve_precision(precision)
+
+    def estimate(count: int) -> float:
+        total = 0.0
+        for which in PASSES:
+            problem = Problem(which, w_hh.shape[-1], batch, count * sets, dtype, precision)
+            chosen = plan_for(problem, device)
+            if isinstance(chosen, NoPlan):
+                return math.inf
+            total += microseconds_per_step(chosen.config, problem, device)
+        return total * ceil_div(members, count)
+
+    counts = [members]
+    while counts[-1] > 1:
+        counts.append(ceil_div(counts[-1], 2))
+    return min(counts, key=estimate)  # the first, and so the largest, of equals
+
+
 def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
+    """All members in one launch, or group by group."""
+    w_hh = v.w_hh if dims.w_hh is None else v.w_hh.select(dims.w_hh, 0)
+    axis = 0 if options[0] else 1
+    batch = (v.x if dims.x is None else v.x.select(dims.x, 0)).shape[axis]
+    *_, precision, plan = options
+    count = members if plan else members_per_launch(members, w_hh.shape[0], w_hh, batch, precision)
+    if count == members:
+        return _one_launch(members, dims, v, options)
+    groups = []
+    for start in range(0, members, count):
+        size = min(count, members - start)
+        of_group = {
+            name: tensor if dim is None or tensor is None else tensor.narrow(dim, start, size)
+            for (name, tensor), dim in zip(v._asdict().items(), dims)
+        }
+        groups.append(_one_launch(size, dims, v._replace(**of_group), options))
+    where = groups[0][1]
+    results = [
+        parts[0] if dim is None else torch.cat(parts, dim) for parts, dim in zip(zip(*(g for g, _ in groups)), where)
+    ]
+    return tuple(results), where
+
+
+def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
     merged = {}
     for name in ("w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c"):
         tensor = getattr(v, name)

@@ -62,6 +62,11 @@ class LSTMCell(nn.LSTMCell):
         batched = input.dim() == 2
         if not batched and not plain:
             raise ValueError("active= and reset= go with batched 2-D input, got 1-D input")
+        for name, mask in (("active", active), ("reset", reset)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} should be a bool tensor, got {type(mask).__name__}")
+        if reset_state is not None and len(reset_state) != 2:
+            raise RuntimeError(f"reset_state has an h and a c, got {len(reset_state)} tensors")
         if active is not None and (active.dtype != torch.bool or active.shape != input.shape[:1]):
             raise RuntimeError(
                 f"active must be a bool tensor of size {(input.shape[0],)}, "

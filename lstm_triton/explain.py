@@ -15,7 +15,7 @@ from .kernels.config import Config
 from .module import LSTM
 from .planner import NoPlan, Plan, plan_single
 from .precision import resolve_precision
-from .problem import PASSES, Problem
+from .problem import PASSES, SMALLEST_BATCH, Problem
 from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
 from .settings import strict
 
@@ -87,17 +87,20 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
         raise TypeError(f"explains an LSTM or LSTMCell of lstm_triton, got {kind.__name__} of {kind.__module__}")
     packed = isinstance(input, PackedSequence)
     data: Tensor = input.data if packed else input  # type: ignore[assignment]
-    reason = module.refusal(data)
-    if not reason and isinstance(module, LSTM) and not packed:
+    reason, invariant = module.refusal(data), getattr(module, "batch_invariant", False)
+    if reason and invariant:
+        raise RuntimeError(f"batch_invariant is asked for, and the kernels do not run: {reason}")
+    if not reason and isinstance(module, LSTM) and not packed and not data.is_nested:
         reason = module.slower(data)
     layers, directions, proj_size = 1, 1, 0
     if isinstance(module, LSTM):
         layers, directions, proj_size = module.num_layers, 2 if module.bidirectional else 1, module.proj_size
     dtype = compute_dtype(data.device.type, next(module.parameters()).dtype)
-    sizes = (module.input_size, module.hidden_size, _batch(module, input), layers, directions)
+    batch = SMALLEST_BATCH if invariant else _batch(module, input)
+    sizes = (module.input_size, module.hidden_size, batch, layers, directions)
     call = Call(*sizes, dtype, proj_size, packed)
     one_step = isinstance(module, LSTMCell) or (not packed and _steps(module, data) == 1)
-    one_step = one_step and not getattr(module, "batch_invariant", False)
+    one_step = one_step and not invariant
     return _explanation(call, resolve_precision(module.precision or ""), kernel_device(data.device), reason, one_step)
 
 

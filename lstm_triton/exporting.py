@@ -24,12 +24,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's default table for `ExportedProgram.run_decompositions`, and ours on top."""
     table = torch.export.default_decompositions()
     table[torch.ops.lstm_triton.layer.default] = _layer
-    table[torch.ops.lstm_triton.linear.default] = lambda x, weight, precision: torch.nn.functional.linear(x, weight)
     return table
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *tensors, batch_first, bidirectional, keep, _, _, _ = arguments
+    *tensors, batch_first, bidirectional, keep, batch_invariant, _, _ = arguments
+    if batch_invariant:
+        raise RuntimeError("batch_invariant has no decomposition: no other GEMM promises it")
     if keep != "nothing":
         raise RuntimeError("only an inference program has a decomposition: export under torch.no_grad()")
     from torch._higher_order_ops.scan import scan

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import batching as batching  # registers what vmap makes of the operators
 from . import ops, reference
+from .layer import Inputs
 from .projection import LayerResult, projected_layer
 from .routing import (
     BACKENDS,
@@ -22,6 +23,7 @@ from .routing import (
     check_choice,
     kernel_refusal,
     needs_gradient,
+    transformed,
     warn_once_of_the_loop,
 )
 from .validation import State, check_call, check_recompute, check_states, reset_state_of, weights_per_state
@@ -70,7 +72,7 @@ def lstm(
     """Run a stacked LSTM over a batch of sequences.
 
     Under `torch.func.vmap` over weights (and inputs, if they differ) the members of an ensemble run side by side in
-    one launch.
+    one launch, or in as few as the planner finds best for many large ones.
 
     Args:
         input: [T, B, input_size], or [B, T, input_size] with batch_first.
@@ -90,10 +92,11 @@ def lstm(
         return_states: any of "c", "layers" and "gates", to be returned for every step; see `States`.
         recompute: what the backward pass computes again in place of keeping it. "none"; "gates": the gates, by GEMMs
             over the sequence (kept: h and c of every step); "chunk:K": everything, K steps at a time (kept: h and c of
-            every K-th step). On PyTorch's path either mode computes a whole layer again.
+            every K-th step). On PyTorch's path either mode computes a whole layer again, and under torch.func's
+            transforms nothing.
         batch_invariant: row i of every result and of the input's gradient has the same bits whatever the other rows
-            are, how many there are, and where a sequence is cut into calls. Slower; kernels only. c_n then comes in
-            float32 for 16-bit types: give it to the next call as it is.
+            are, how many there are, and (without projections) where a sequence is cut into calls. Slower; kernels
+            only. c_n then comes in float32 for 16-bit types: give it to the next call as it is.
         backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
             takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
             for the module only, whose weights can lie as cuDNN wants them.
@@ -113,6 +116,7 @@ def lstm(
     if precision:
         check_choice("precision", precision, PRECISIONS)
     check_recompute(recompute)
+    return_states = return_states if isinstance(return_states, str) else tuple(return_states)
     check_states(return_states, recompute)
     directions = 2 if bidirectional else 1
     input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
@@ -127,22 +131,26 @@ def lstm(
         raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
     if hx is not None:
         hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
-    plain = lengths is None and reset is None and not return_states and recompute == "none"
+    if not torch.is_grad_enabled():
+        recompute = "none"  # there is no backward pass
+    unmarked = lengths is None and reset is None and not return_states
+    plain = unmarked and recompute == "none"
     if refusal and plain and aten_can():
         if hx is None:
             hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
-    if refusal and input.is_cuda:
+    if refusal and input.is_cuda and not (unmarked and aten_can()):
         warn_once_of_the_loop(refusal)
     if lengths is not None:
-        lengths = lengths.to(input.device)  # once, for all layers and both passes
+        lengths = lengths.to(input.device, torch.int64)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
     def run(x, w_ih, w_hh, biases, state, fresh):
         tensors = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)))
         if refusal:
-            return _reference_layer(tensors, batch_first, bidirectional, recompute)
+            by_aten = unmarked and aten_can()
+            return _torch_layer(tensors, batch_first, bidirectional, recompute, by_aten)
         options = (batch_first, bidirectional, _keep(tensors, recompute, return_states))
         return LayerResult(*ops.layer(*tensors, *options, batch_invariant, precision, plan))
 
@@ -167,13 +175,18 @@ def lstm(
     return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
 
 
-def _reference_layer(tensors: tuple, batch_first: bool, bidirectional: bool, recompute: str) -> LayerResult:
-    """One layer step by step in plain PyTorch; recomputed whole in backward if anything is to be recomputed."""
+def _torch_layer(tensors: tuple, batch_first: bool, bidirectional: bool, recompute: str, by_aten: bool) -> LayerResult:
+    """One layer by aten or step by step in plain PyTorch; whole once more in backward if anything is to be recomputed.
+
+    (Not under torch.func's transforms, which do not go with the hooks that this takes.)
+    """
 
     def run(*given):
+        if by_aten:
+            return (*ops.without_kernels(Inputs(*given), batch_first, bidirectional, training=True), None, None)
         return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional)
 
-    if recompute != "none" and torch.is_grad_enabled() and aten_can():
+    if recompute != "none" and not transformed():
         return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
     return LayerResult(*run(*tensors))
 
@@ -189,18 +202,22 @@ def _keep(tensors: tuple, recompute: str, return_states: Sequence[str]) -> str:
 
 def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: int, padding: Tensor | None) -> States:
     """The states of every layer, 0 in the padding."""
-    c, gates = [], []
-    for result in results:
-        steps = result.out.shape[:2]
-        c.append(result.cells.unflatten(0, steps).flatten(2) if "c" in asked else result.cells)
-        gates.append(result.gates.unflatten(0, steps).unflatten(-1, (4, -1)) if "gates" in asked else result.gates)
-    if padding is not None:
-        c = [one.masked_fill(padding.unsqueeze(-1), 0) for one in c] if "c" in asked else c
-        gates = [one.masked_fill(padding[..., None, None, None], 0) for one in gates] if "gates" in asked else gates
+
+    def of_layers(kept: list[Tensor | None], *last: int) -> tuple[Tensor, ...]:
+        """[rows, D, ...] of every layer as [S, *last]."""
+        found = []
+        for tensor, result in zip(kept, results):
+            assert tensor is not None
+            by_step = tensor.reshape(*result.out.shape[:2], *last)
+            dims = (1,) * len(last)
+            found.append(by_step if padding is None else by_step.masked_fill(padding.view(*padding.shape, *dims), 0))
+        return tuple(found)
+
+    hidden_size = results[0].c_n.shape[-1]
     return States(
-        tuple(c) if "c" in asked else None,
+        of_layers([result.cells for result in results], directions * hidden_size) if "c" in asked else None,
         tuple(result.out for result in results) if "layers" in asked else None,
-        tuple(gates) if "gates" in asked else None,
+        of_layers([result.gates for result in results], directions, 4, hidden_size) if "gates" in asked else None,
     )
 
 

@@ -78,8 +78,10 @@ class Options:
 
 def _single_config(v: Inputs, options: Options, layout: Layout) -> Config | None:
     """The config of a sequence of one step in one launch; None if it is to be computed as any other."""
-    if layout.seq_len != 1 or v.x.dim() == 4 or v.x.shape[2] == 0 or options.batch_invariant:
+    if layout.seq_len != 1 or v.x.dim() == 4 or options.batch_invariant:
         return None
+    if v.x.shape[2] == 0 or v.w_ih[0].numel() >= 2**31:
+        return None  # nothing to multiply, or more than 32-bit offsets inside W_ih
     if options.plan:
         config = Config.decode(options.plan.split("|")[0])
         return config if config.placement == "single" else None
@@ -148,7 +150,7 @@ def _marks(v: Inputs, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
     """lengths [B] int32 and reset [rows], as the kernels read them."""
     # Clamped: a length beyond T would lead the kernels out of their buffers.
     lengths = None if v.lengths is None else v.lengths.to(v.x.device, torch.int32).clamp(0, layout.seq_len)
-    return lengths, None if v.reset is None else v.reset.reshape(-1).contiguous()
+    return lengths, ready(None if v.reset is None else v.reset.reshape(-1))
 
 
 def projected_input(v: Inputs, options: Options) -> Tensor:
@@ -218,7 +220,10 @@ def recomputed_gates(v: Inputs, options: Options, out: Tensor) -> Tensor:
     h_prev = previous_hidden(out, v.h_0, lengths, v.reset, v.reset_h, sets, options.order, options.batch_first)
     with matmul_precision(v.x, options.precision):
         for index in range(sets):
-            gates[:, index].addmm_(h_prev[:, index], v.w_hh[index].t())
+            if options.batch_invariant:
+                gates[:, index] += options.multiply(h_prev[:, index], v.w_hh[index].t())
+            else:
+                gates[:, index].addmm_(h_prev[:, index], v.w_hh[index].t())
     i_f, g, o = gates.unflatten(-1, (4, -1)).split((2, 1, 1), dim=2)
     i_f.sigmoid_()
     g.tanh_()

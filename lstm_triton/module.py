@@ -56,6 +56,8 @@ def of_type(hx: State | None, dtype: torch.dtype) -> State | None:
 
 
 def _check_pair(hx: State) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError("hx should be a pair of tensors (h_0, c_0), got one tensor")
     if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
         raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
 
@@ -199,7 +201,8 @@ class LSTM(nn.RNNBase):
             if not unmarked:
                 raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
             return self._forward_nested(input, hx, return_states)
-        plain = unmarked and not return_states and self.recompute == "none" and not self.batch_invariant
+        frugal = self.recompute != "none" and torch.is_grad_enabled()
+        plain = unmarked and not return_states and not frugal and not self.batch_invariant
         if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
             hx = of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):

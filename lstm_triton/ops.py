@@ -59,8 +59,10 @@ def _c_dtype(x: Tensor, batch_invariant: bool) -> torch.dtype:
     return compute_dtype(x.dtype) if batch_invariant else x.dtype
 
 
-def _without_kernels(v: Inputs, batch_first: bool, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer of an exported program on a device that the kernels do not run on: by aten, or step by step."""
+def without_kernels(
+    v: Inputs, batch_first: bool, bidirectional: bool, training: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer by aten, or step by step where aten lacks something; as cuDNN has it, only `training` has a gradient."""
     directions = 2 if bidirectional else 1
     marked = v.lengths is not None or v.reset is not None
     if marked or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
@@ -74,7 +76,7 @@ def _without_kernels(v: Inputs, batch_first: bool, bidirectional: bool) -> tuple
         weights += [v.w_ih[index], v.w_hh[index]]
         if v.bias is not None:
             weights += [v.bias[index], torch.zeros_like(v.bias[index])]
-    return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, False, bidirectional, batch_first)
+    return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
 
 
 @torch.library.custom_op("lstm_triton::layer", mutates_args=())
@@ -105,7 +107,7 @@ def layer(
     if reason and (keep != "nothing" or batch_invariant or plan):
         raise RuntimeError(f"lstm_triton: {reason}")
     if reason:
-        return (*_without_kernels(v, batch_first, bidirectional), nothing, nothing.clone())
+        return (*without_kernels(v, batch_first, bidirectional), nothing, nothing.clone())
     if size:
         out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
         assert at_h is not None
@@ -195,10 +197,10 @@ def _setup_context(ctx, inputs, output) -> None:
     out, _, _, kept_1, kept_2 = output
     *tensors, batch_first, bidirectional, keep, batch_invariant, precision, plan = inputs
     ctx.set_materialize_grads(False)
-    if keep != "all":  # there they are activated gates and cells; else nothing that a caller could mean
-        ctx.mark_non_differentiable(kept_1)
-        if keep != "cells":
-            ctx.mark_non_differentiable(kept_1, kept_2)
+    if keep == "cells":
+        ctx.mark_non_differentiable(kept_1)  # nothing
+    elif keep != "all":
+        ctx.mark_non_differentiable(kept_1, kept_2)
     ctx.save_for_backward(*tensors, out, kept_1, kept_2)
     ctx.options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
 

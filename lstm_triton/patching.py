@@ -83,8 +83,8 @@ def unpatch(model: nn.Module) -> list[Change]:
         changes.append(Change(name, type(module).__name__, "" if type(module) in THEIRS else _subclass(module)))
         if type(module) in THEIRS:
             module.__class__ = THEIRS[type(module)]
-            for name in ("backend", "precision", "recompute", "batch_invariant"):
-                module.__dict__.pop(name, None)
+            for option in ("backend", "precision", "recompute", "batch_invariant"):
+                module.__dict__.pop(option, None)
             if isinstance(module, nn.LSTM):
                 module.flatten_parameters()
     return changes

@@ -21,13 +21,13 @@ from .validation import State
 
 
 class LayerResult(NamedTuple):
-    """What one layer gives: out [S, D * H], h_n and c_n [D, B, H], and the states that were kept (see `ops`)."""
+    """What one layer gives: out [S, D * H], h_n and c_n [D, B, H], and states that were kept, if any (see `ops`)."""
 
     out: Tensor
     h_n: Tensor
     c_n: Tensor
-    gates: Tensor
-    cells: Tensor
+    gates: Tensor | None
+    cells: Tensor | None
 
 
 def projected_layer(
@@ -52,6 +52,10 @@ def projected_layer(
     h_0, reset_h = (None if pair is None else pair[0] for pair in (state, reset_state))
     if h_0 is not None or reset_h is not None:
         nothing = x.new_zeros((*x.shape[:2], directions * proj_size))
+        # Mapped over by vmap if anything is that will be written into it.
+        for tensor in (h_0, reset_h, lengths, reset):
+            if tensor is not None:
+                nothing = nothing + torch.zeros_like(tensor.reshape(-1)[:1], dtype=x.dtype).sum()
         order = "both" if directions == 2 else "forward"
         entering = previous_hidden(nothing, h_0, lengths, reset, reset_h, directions, order, batch_first)
         x = torch.cat((x, entering.reshape(nothing.shape)), -1)

@@ -134,6 +134,11 @@ def _transform() -> str:
     return ""
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform or forward mode is active."""
+    return bool(_transforms())
+
+
 def needs_gradient(tensor: Tensor) -> bool:
     """requires_grad, also of what vmap maps over."""
     while torch._C._functorch.is_batchedtensor(tensor):
@@ -147,6 +152,7 @@ def aten_can() -> bool:
 
 
 aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `kernel_refusal`
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)

@@ -139,6 +139,7 @@ def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
         return  # nobody can look at the values; the operators clamp lengths to [0, T]
     outside = f"lengths must lie in [0, {seq_len}]"
     if lengths.device.type == "cpu":
+        lengths = lengths.long()  # the unsigned types have no min
         if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
             raise RuntimeError(f"{outside}, got {lengths.tolist()}")
     else:

@@ -48,7 +48,7 @@ def _restrict(v: Inputs, options: Options, start: int, end: int, which: slice) -
     changed: dict[str, Any] = {
         name: None if tensor is None else tensor[which] for name, tensor in v._asdict().items() if name in layer.OF_SETS
     }
-    lengths = None if v.lengths is None else (v.lengths.to(v.x.device) - start).clamp(0, end - start)
+    lengths = None if v.lengths is None else (v.lengths.to(v.x.device, torch.int64) - start).clamp(0, end - start)
     reset = None if v.reset is None else v.reset.narrow(time, start, end - start)
     x = v.x.narrow(time, start, end - start)
     changed |= {"x": x, "lengths": lengths, "reset": reset, "h_0": None, "c_0": None}
@@ -65,7 +65,7 @@ def _entering(v: Inputs, options: Options, end: int, which: slice, reverse: bool
         return None
     mark = v.reset.select(1 if options.batch_first else 0, end)
     if v.lengths is not None:
-        mark = mark & (end < v.lengths.to(v.x.device))
+        mark = mark & (end < v.lengths.to(v.x.device, torch.int64))
     return mark.view(1, -1, 1)
 
 

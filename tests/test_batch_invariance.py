@@ -19,7 +19,11 @@ def build(dtype: torch.dtype, **options) -> LSTM:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [dict(bidirectional=True), dict(proj_size=6)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(bidirectional=True), dict(proj_size=6), dict(recompute="gates"), dict(recompute="chunk:2")],
+    ids=str,
+)
 def test_company_does_not_matter(dtype: torch.dtype, options: dict) -> None:
     module = build(dtype, **options)
     x = torch.randn(STEPS, ROWS, 5).to(dtype).requires_grad_()

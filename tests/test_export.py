@@ -64,13 +64,20 @@ def test_dynamic_sizes(backend: str, marked: bool) -> None:
     assert_same(plain.module(), module, marked)
 
 
-def test_projection_and_batch_invariance_leave_no_operator() -> None:
+def test_projection() -> None:
+    module = LSTM(4, 5, proj_size=2, batch_first=True, backend="triton").eval()
+    plain = export(module, True).run_decompositions(lstm_triton.decompositions())
+    assert not operators(plain) & OURS
+    assert_same(plain.module(), module, True)
+
+
+def test_batch_invariance_has_no_decomposition() -> None:
     module = LSTM(4, 5, proj_size=2, batch_first=True, backend="triton", batch_invariant=True).eval()
     program = export(module, False)
     assert operators(program) >= OURS
-    plain = program.run_decompositions(lstm_triton.decompositions())
-    assert not operators(plain) & OURS
-    assert_same(plain.module(), module, False)
+    assert_same(program.module(), module, False)
+    with pytest.raises(RuntimeError, match="batch_invariant has no decomposition"):
+        program.run_decompositions(lstm_triton.decompositions())
 
 
 def test_a_decomposed_program_runs_without_this_library(tmp_path: Path) -> None:

@@ -69,6 +69,32 @@ def test_modes_of_the_module(backend: str, recompute: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "chunk:2"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_lengths_of_narrow_types(backend: str, recompute: str, dtype: torch.dtype) -> None:
+    """Differences of lengths and window borders must not wrap around."""
+    module, x = LSTM(3, 4, backend=backend, recompute=recompute), torch.randn(6, 2, 3)
+    want = module(x, lengths=torch.tensor([1, 6]))
+    got = module(x, lengths=torch.tensor([1, 6]).to(dtype))
+    for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want)):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_recomputed_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PyTorch's path such a call is nn.LSTM's, not a loop."""
+    from lstm_triton import reference
+
+    monkeypatch.setattr(reference, "ensemble_forward", None)
+    module = LSTM(3, 4, 2, recompute="gates")
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        want = torch.nn.LSTM.forward(module, x)[0]
+        assert torch.equal(module(x)[0], want)
+    module(x)[0].sum().backward()  # recomputed, by aten
+    assert module.weight_hh_l0.grad is not None
+
+
 @pytest.mark.parametrize("recompute", ["", "gate", "chunk", "chunk:", "chunk:0", "chunk:-1", "chunk:two", "chunk:1.5"])
 def test_unknown_modes(recompute: str) -> None:
     with pytest.raises(ValueError, match="recompute should be one of 'none', 'gates', 'chunk:K', K >= 1"):

@@ -126,6 +126,11 @@ def test_second_derivatives_through_states() -> None:
     assert torch.autograd.gradgradcheck(run, x, fast_mode=True)
 
 
+def test_any_iterable_of_names() -> None:
+    *_, states = LSTM(4, 5)(torch.randn(3, 2, 4), return_states=(name for name in ("c",)))
+    assert states.c is not None
+
+
 @pytest.mark.parametrize(
     ("asked", "recompute", "message"),
     [

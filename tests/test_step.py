@@ -153,6 +153,8 @@ def test_masked_cell(backend: str, state: bool, names: tuple[str, ...]) -> None:
         ((4, 5), dict(active=torch.ones(3, dtype=torch.bool)), RuntimeError, "active must be a bool tensor of size"),
         ((4, 5), dict(reset=torch.ones(3, dtype=torch.bool)), RuntimeError, "reset must be a bool tensor of size"),
         ((4, 5), dict(reset_state=(torch.zeros(6), torch.zeros(6))), RuntimeError, "it needs reset="),
+        ((4, 5), dict(reset_state=(torch.zeros(6),)), RuntimeError, "reset_state has an h and a c, got 1"),
+        ((4, 5), dict(active=[True] * 4), TypeError, "active should be a bool tensor, got list"),
     ],
 )
 def test_wrong_masks(backend: str, x: tuple, marks: dict, error: type, message: str) -> None:

@@ -406,3 +406,11 @@ def test_a_table_entry_is_checked_like_a_candidate(arch: str) -> None:
             bare = replace(config, max_batch_tiles=0)
             assert fits(bare, PROBLEM, device)
             assert plan(PROBLEM, device, only(PROBLEM, bare)).config == config
+
+
+def test_the_sets_of_an_ensemble_are_no_directions() -> None:
+    from lstm_triton.tuning.search import Scratch
+
+    problem = replace(TINY, directions=3)
+    found = plan(problem, INTERPRETER)
+    assert not Scratch(problem, INTERPRETER, CPU).complaint(found.config)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lstm_triton import LSTM, layer
+from lstm_triton import LSTM, batching, layer
+from lstm_triton.device import KNOWN
 
 BACKENDS = ["torch", "triton"]
 MEMBERS = 3
@@ -66,6 +67,42 @@ def test_ensemble(backend: str, options: dict, shared: bool) -> None:
     results = torch.func.vmap(call(module), in_dims=(0, None if shared else 0))(parameters, x)
     calls = [((x if shared else x[index],), {}) for index in range(MEMBERS)]
     assert_like_the_loop(members, results, parameters, calls)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projections_over_states_only(backend: str) -> None:
+    module = LSTM(3, 4, proj_size=2, bidirectional=True, backend=backend)
+    x, h, c = torch.randn(3, 2, 3), torch.randn(MEMBERS, 2, 2, 2), torch.randn(MEMBERS, 2, 2, 4)
+    out = torch.func.vmap(lambda h, c: module(x, (h, c))[0])(h, c)
+    torch.testing.assert_close(out, torch.stack([module(x, pair)[0] for pair in zip(h, c)]))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_reverse_mode_of_torch_func(options: dict) -> None:
+    module = LSTM(3, 4, **options)
+    x = torch.randn(2, 3, 3)
+    want = torch.autograd.functional.vjp(lambda v: module(v)[0].square().sum(), x)[1]
+    torch.testing.assert_close(torch.func.grad(lambda v: module(v)[0].square().sum())(x), want)
+
+
+def test_a_large_ensemble_goes_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100 64 members of H=512 in one launch would crowd each other out; eight of H=128 do not."""
+    monkeypatch.setattr(batching, "kernel_device", lambda device: KNOWN["sm_90"])
+
+    def of(members: int, hidden_size: int) -> int:
+        w_hh = torch.empty(1, 4 * hidden_size, hidden_size, device="meta", dtype=torch.bfloat16)
+        return batching.members_per_launch(members, 1, w_hh, 32, "tf32")
+
+    assert of(8, 128) == 8
+    assert 1 <= of(64, 512) < 64
+
+
+def test_groups_give_what_one_launch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, module, parameters = ensemble("triton", bidirectional=True)
+    x = torch.randn(MEMBERS, 3, 2, 3)
+    monkeypatch.setattr(batching, "members_per_launch", lambda *_: 2)
+    results = torch.func.vmap(call(module))(parameters, x)
+    assert_like_the_loop(members, results, parameters, [((one,), {}) for one in x])
 
 
 def test_an_ensemble_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,10 @@ class Scratch:
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            return reference.layer_forward(x, w_ih, w_hh, None, (h, c))[:3]
+            unmarked = (None, None, None, None)
+            bidirectional = self.problem.directions == 2  # more are an ensemble's
+            given = (x, w_ih, w_hh, None, h, c, *unmarked)
+            return reference.ensemble_forward(*given, batch_first=False, bidirectional=bidirectional)[:3]
 
         with matmul_precision(self.x.to(dtype), self.problem.precision):
             return self._results(run, dtype)
