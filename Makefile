@@ -26,8 +26,7 @@ pytest: .venv/installed
 
 # Everything that needs compiled kernels: ahead of time, and on the GPU if there is one.
 compile: .venv/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m aot
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m "aot or gpu"
 
 demo: .venv/installed
 	$(BIN)/python -m lstm_triton.recipes.char_lm --out demo

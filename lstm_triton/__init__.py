@@ -3,7 +3,7 @@
 from lstm_triton import LSTM  # in place of torch.nn.LSTM
 """
 
-from . import convert, functional
+from . import convert, functional, init
 from ._version import __version__
 from .cell import LSTMCell
 from .explain import explain
@@ -19,6 +19,7 @@ __all__ = [
     "decompositions",
     "explain",
     "functional",
+    "init",
     "patch",
     "unpatch",
 ]
