@@ -24,9 +24,9 @@ def default_(module: Module) -> Module:
 
 
 def xavier_orthogonal_(module: Module, forget_bias: float = 1.0) -> Module:
-    """Xavier-uniform input weights (Glorot and Bengio, 2010), orthogonal recurrent ones (Saxe et al., 2014), gate by gate.
+    """Xavier-uniform input weights (Glorot and Bengio, 2010) and orthogonal recurrent ones (Saxe et al., 2014).
 
-    Biases are 0 but the forget gate's (Gers et al., 2000; 1 after Jozefowicz et al., 2015).
+    Gate by gate. Biases are 0 but the forget gate's (Gers et al., 2000; 1 after Jozefowicz et al., 2015).
 
     The projection weight_hr is Xavier-uniform; with projections a gate's weight_hh is no square, and has orthogonal
     columns. A module without bias has no forget bias: give 0.
