@@ -171,7 +171,7 @@ def repair_bf16() -> None:
 
 
 def patch_language_once() -> None:
-    """Patch triton.language once per launch and module, not at every call of a device function.
+    """Patch triton.language once per launch and module, not at every call of a device function; and so on.
 
     Triton's own way is most of the interpreter's time in kernels built from small functions.
     """
@@ -189,6 +189,8 @@ def patch_language_once() -> None:
 
     interpreter.GridExecutor.__call__ = call_executor
     interpreter.InterpretedFunction.__call__ = call_function
+    # Arguments are on the CPU, so what a kernel wrote is there: Triton copies every storage onto itself.
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
     # It builds a table of all types at every call, and is called for every tile.
     plain = interpreter._get_np_dtype
     of_type = functools.cache(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from interpreter import cooperative
@@ -96,8 +97,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     One step is run, so of the 4 GiB of virtual memory only two pages are touched.
     """
     hidden, seq_len = 16, 2**31 // 64 + 3
-    rows = torch.zeros((seq_len, 1, 4 * hidden), dtype=torch.float16)  # lazily committed by the OS
-    out = torch.zeros((seq_len, 1, hidden), dtype=torch.float16)
+    rows = torch.from_numpy(np.zeros((seq_len, 1, 4 * hidden), np.float16))  # lazily committed, unlike torch.zeros
+    out = torch.from_numpy(np.zeros((seq_len, 1, hidden), np.float16))
     rows[-1] = torch.linspace(-1, 1, 4 * hidden)
     w_hh = torch.zeros((1, 4 * hidden, hidden), dtype=torch.float16)
     h_n, c_n = torch.zeros(1, 1, hidden), torch.zeros(1, 1, hidden)
