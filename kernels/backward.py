@@ -9,23 +9,55 @@ Buffers (layouts in tiles.py; T*B rows):
 - dc_0 [D, B, H]: gradient of the initial cell state; dc_reset [D, B, H]: of the reset one,
   summed over a row's resets.
 - carry_dc, carry_dc_reset [D, B, H] in the compute type: state between launches, `stepwise` only.
+
+And with variants of the cell, each in the compute type, summed over the steps:
+- dh_0, dh_reset [D, B, H]: what reaches the initial and the reset h by zoneout, not through the recurrent product.
+- dpeephole [3, D, B, H], dnorm_c [2, D, B, H]: gradients of these weights, for each row of the batch.
+- product [rows, D, 4, H]: h_{t-1} W_hh^T, for layer normalisation, with the stats of the forward pass.
+- dproduct [rows, D, 4, H]: its gradient, which is then what programs exchange in place of dgates.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .cell import lstm_backward_step, lstm_gates_backward
+from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
+from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
+from .masks import step_masks
+from .norm import norm_backward, norm_gates_backward
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
-from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, runs_reversed, time_of
+from .tiles import (
+    RUNTIME_SIZES,
+    load_gates,
+    of_gates,
+    of_units,
+    own_tile,
+    per_row,
+    per_unit,
+    restarts,
+    runs_reversed,
+    store_gates,
+    time_of,
+)
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit
+def begin_sum(buffer, state, owned, compute: tl.constexpr, CARRIED: tl.constexpr):
+    """A state tile of zeros, or what an earlier launch has left of this sum."""
+    if CARRIED:
+        return tl.load(buffer + state, mask=owned, other=0.0)
+    else:
+        return tl.zeros(owned.shape, compute)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
 def lstm_backward_kernel(
     dout,  # [rows, D, H] or None: zeros
     dh_n,  # [D, B, H] or None: zeros
@@ -45,6 +77,25 @@ def lstm_backward_kernel(
     lengths,  # [B] int32 or None
     reset,  # [rows] uint8 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
+    peephole,  # [D, 3, H] or None: to i, f and o
+    gain_hh,  # [D, 4, H] or None: without layer normalisation
+    norm_c,  # [D, 2, H] or None: gain and bias
+    seed,  # [D] int64 or None: no masks of single steps are drawn
+    h_mask,  # [D, B, H] or None
+    product,  # [rows, D, 4, H] or None
+    stats,  # [rows, D, 4] or None
+    pairs,  # [rows, D, 2, hidden tiles, 2] or None
+    dproduct,  # [rows, D, 4, H] or None
+    dh_0,  # [D, B, H] or None
+    dh_reset,  # [D, B, H] or None
+    dpeephole,  # [3, D, B, H] or None
+    dnorm_c,  # [2, D, B, H] or None
+    time_begin,  # time of the first row, where this is a window of a longer sequence
+    zoneout_h,  # probabilities in units of 2^-24, None for 0
+    zoneout_c,
+    recurrent_dropout,
+    cell_clip,  # None for none
+    grad_clip,
     batch,
     seq_len,
     row_stride_t,
@@ -56,6 +107,8 @@ def lstm_backward_kernel(
     D: tl.constexpr,
     ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SAMPLED: tl.constexpr,
     PLACEMENT: tl.constexpr,
     PROTOCOL: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -67,6 +120,8 @@ def lstm_backward_kernel(
 ):
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps step_end - 1 .. step_begin."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    NORM: tl.constexpr = gain_hh is not None
+    PUBLISHED: tl.constexpr = 3 if NORM else 1  # tiles that a program publishes in a step
     dtype: tl.constexpr = dgates.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     hidden_tile = tl.program_id(0)
@@ -88,6 +143,32 @@ def lstm_backward_kernel(
     elif dc_n is not None:
         dc = tl.load(dc_n + state, mask=owned, other=0.0).to(compute)
 
+    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
+    gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
+    gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
+    bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
+    STATES = tl.cast(batch, tl.int64) * (D * H)  # from one sum of dpeephole, dnorm_c to the next
+    if h_mask is not None:
+        own_mask = tl.load(h_mask + state, mask=owned, other=0.0).to(compute)
+    # Sums over all steps; between the launches of `stepwise` they stand in their buffers.
+    CARRIED: tl.constexpr = PLACEMENT == "stepwise"
+    if zoneout_h is not None:
+        dh_old = begin_sum(dh_0, state, owned, compute, CARRIED)
+        if dh_reset is not None:
+            dh_fresh = begin_sum(dh_reset, state, owned, compute, CARRIED)
+    if peephole is not None:
+        dw_ci = begin_sum(dpeephole, state, owned, compute, CARRIED)
+        dw_cf = begin_sum(dpeephole + STATES, state, owned, compute, CARRIED)
+        dw_co = begin_sum(dpeephole + 2 * STATES, state, owned, compute, CARRIED)
+    if NORM:
+        dgain_c = begin_sum(dnorm_c, state, owned, compute, CARRIED)
+        dbias_c = begin_sum(dnorm_c + STATES, state, owned, compute, CARRIED)
+        exchanged = dproduct
+    else:
+        exchanged = dgates
+
     w_hh += direction.to(tl.int64) * (4 * H * H)
     weights = ()
     if PLACEMENT == "local":
@@ -103,14 +184,12 @@ def lstm_backward_kernel(
     for count in range(step_end - step_begin):
         step = step_end - 1 - count
         active = step < length
-        rows = time_of(step, length, reverse) * row_stride_t + b * row_stride_b
+        time = time_of(step, length, reverse)
+        rows = time * row_stride_t + b * row_stride_b
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
         # What does not depend on the other programs is asked for before waiting for them.
         offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-        i = tl.load(gates + offset, mask=owned, other=0.0).to(compute)
-        f = tl.load(gates + offset + H, mask=owned, other=0.0).to(compute)
-        g = tl.load(gates + offset + 2 * H, mask=owned, other=0.0).to(compute)
-        o = tl.load(gates + offset + 3 * H, mask=owned, other=0.0).to(compute)
+        i, f, g, o = load_gates(gates, offset, owned, H, compute)
         before = time_of(step - 1, length, reverse) * row_stride_t + b * row_stride_b
         earlier = per_row((before * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         c_before = tl.load(cells + earlier, mask=owned & (step > 0), other=0.0).to(compute)
@@ -122,6 +201,16 @@ def lstm_backward_kernel(
             c_prev = tl.where(fresh, 0.0, c_prev)
             if reset_c is not None:
                 c_prev += tl.load(reset_c + state, mask=fresh, other=0.0).to(compute)
+        keep_h, keep_c, g_scale = step_masks(
+            seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, UNITS_FIRST
+        )
+        if NORM:
+            z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
+            of_row = stats + (rows * D + direction) * 4
+            mean_z = tl.load(of_row, mask=in_batch, other=0.0)
+            rstd_z = tl.load(of_row + 1, mask=in_batch, other=0.0)
+            mean_c = per_row(tl.load(of_row + 2, mask=in_batch, other=0.0), UNITS_FIRST)
+            rstd_c = tl.load(of_row + 3, mask=in_batch, other=0.0)
         dh = tl.zeros(owned.shape, compute)
         if dout is not None:
             sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
@@ -132,9 +221,9 @@ def lstm_backward_kernel(
 
         if PLACEMENT != "local":
             after = time_of(step + 1, length, reverse) * row_stride_t + b * row_stride_b
-            source = dgates + (after * D + direction) * (4 * H)
+            source = exchanged + (after * D + direction) * (4 * H)
             waiting = in_batch & (step + 1 < seq_len)
-            await_flags(flags, seq_len - 1 - step, TILES, triton.next_power_of_2(TILES), PROTOCOL)
+            await_flags(flags, (seq_len - 1 - step) * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             dh_rec = recurrent_product(
                 source, waiting, waiting, weights, w_hh, unit, compute, H, 4 * H, True, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
@@ -142,35 +231,82 @@ def lstm_backward_kernel(
             if reset is not None:
                 after_restart = restarts(reset, step + 1, length, after, waiting, reverse, row_stride_t)
                 dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
+        if h_mask is not None:
+            dh_rec *= own_mask
         dh += dh_rec
+        if zoneout_h is not None:
+            dh += dh_old
 
         live = per_row(active, UNITS_FIRST) & owned
         if dcells is not None:
             sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
             dc += tl.load(dcells + sequence, mask=live, other=0.0).to(compute)
-        di, df, dg, do, dc_prev = lstm_backward_step(i, f, g, o, c, c_prev, dh, dc)
+        dh_new, dh_kept = zoneout_backward(dh, keep_h, SAMPLED)
+        dc_new, dc_kept = zoneout_backward(dc, keep_c, SAMPLED)
+        raw, c_new = c, c
+        if cell_clip is not None or zoneout_c is not None:
+            raw = candidate(i, f, g, c_prev, g_scale)
+            c_new = clipped(raw, cell_clip)
+        seen = c_new
+        if NORM:
+            own_pairs = pairs + (rows * D + direction) * (4 * TILES)
+            published = (seq_len - 1 - step) * PUBLISHED
+            normed = (c_new - mean_c) * per_row(rstd_c, UNITS_FIRST)
+            seen = gain_c * normed + bias_c
+        do, dseen = lstm_output_backward(o, seen, dh_new)
+        if NORM:
+            # Beyond its length a row's saved tensors mean nothing, and sums would keep a NaN.
+            dseen = tl.where(live, dseen, 0.0)
+            normed = tl.where(live, normed, 0.0)
+            dgain_c += dseen * normed
+            dbias_c += dseen
+            (dseen,) = norm_backward(
+                (dseen * gain_c,), (normed,), rstd_c, owned, hidden_tile, own_pairs, in_batch, flags, published + 1, H,
+                BLOCK_H, UNITS_FIRST, PROTOCOL,
+            )  # fmt: skip
+        dc_new += dseen
+        di, df, dg = None, None, None
         if dactivated is not None:
-            di += tl.load(dactivated + offset, mask=live, other=0.0).to(compute)
-            df += tl.load(dactivated + offset + H, mask=live, other=0.0).to(compute)
-            dg += tl.load(dactivated + offset + 2 * H, mask=live, other=0.0).to(compute)
-            do += tl.load(dactivated + offset + 3 * H, mask=live, other=0.0).to(compute)
-        da_i, da_f, da_g, da_o = lstm_gates_backward(i, f, g, o, di, df, dg, do)
+            di, df, dg, more = load_gates(dactivated, offset, live, H, compute)
+            do += more
+        da_i, da_f, da_g, da_o, dc_prev = lstm_backward_step(
+            i, f, g, o, c_prev, raw, c_new, di, df, dg, do, dc_new, w_ci, w_cf, w_co, g_scale, cell_clip, grad_clip,
+            COUPLED,
+        )  # fmt: skip
+        if zoneout_c is not None:
+            dc_prev += dc_kept
         # Beyond its length a row's saved gates mean nothing, not even a finite number.
-        d_i = publishable(tl.where(live, da_i, 0.0), dtype)
-        d_f = publishable(tl.where(live, da_f, 0.0), dtype)
-        d_g = publishable(tl.where(live, da_g, 0.0), dtype)
-        d_o = publishable(tl.where(live, da_o, 0.0), dtype)
-        tl.store(dgates + offset, d_i, mask=owned)
-        tl.store(dgates + offset + H, d_f, mask=owned)
-        tl.store(dgates + offset + 2 * H, d_g, mask=owned)
-        tl.store(dgates + offset + 3 * H, d_o, mask=owned)
-        raise_flag(flags, hidden_tile, seq_len - step, PROTOCOL)
+        da_i, da_f = tl.where(live, da_i, 0.0), tl.where(live, da_f, 0.0)
+        da_g, da_o = tl.where(live, da_g, 0.0), tl.where(live, da_o, 0.0)
+        if peephole is not None:
+            dw_ci += tl.where(live, da_i * c_prev, 0.0)
+            dw_cf += tl.where(live, da_f * c_prev, 0.0)
+            dw_co += tl.where(live, da_o * c_new, 0.0)
+        d_i, d_f = publishable(da_i, dtype), publishable(da_f, dtype)
+        d_g, d_o = publishable(da_g, dtype), publishable(da_o, dtype)
+        store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
+        if NORM:
+            dz_i, dz_f, dz_g, dz_o = norm_gates_backward(
+                da_i, da_f, da_g, da_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean_z, rstd_z, live, owned,
+                hidden_tile, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,
+                PROTOCOL,
+            )  # fmt: skip
+            d_i, d_f = publishable(dz_i, dtype), publishable(dz_f, dtype)
+            d_g, d_o = publishable(dz_g, dtype), publishable(dz_o, dtype)
+            store_gates(dproduct, offset, owned, d_i, d_f, d_g, d_o, H)
+        raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)
 
         dc = tl.where(live, dc_prev, dc)
         if reset is not None:
             if dc_reset is not None:
                 dc_fresh += tl.where(fresh & live, dc_prev, 0.0)
             dc = tl.where(fresh & live, 0.0, dc)
+        if zoneout_h is not None:
+            dh_old = tl.where(live, dh_kept, dh_old)
+            if reset is not None:
+                if dh_reset is not None:
+                    dh_fresh += tl.where(fresh & live, dh_kept, 0.0)
+                dh_old = tl.where(fresh & live, 0.0, dh_old)
         c = c_before
         if PLACEMENT == "local":
             dh_rec = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
@@ -185,9 +321,33 @@ def lstm_backward_kernel(
         tl.store(carry_dc + state, dc, mask=owned)
         if dc_reset is not None:
             tl.store(carry_dc_reset + state, dc_fresh, mask=owned)
+    if zoneout_h is not None:
+        tl.store(dh_0 + state, dh_old, mask=owned)
+        if dh_reset is not None:
+            tl.store(dh_reset + state, dh_fresh, mask=owned)
+    if peephole is not None:
+        tl.store(dpeephole + state, dw_ci, mask=owned)
+        tl.store(dpeephole + STATES + state, dw_cf, mask=owned)
+        tl.store(dpeephole + 2 * STATES + state, dw_co, mask=owned)
+    if NORM:
+        tl.store(dnorm_c + state, dgain_c, mask=owned)
+        tl.store(dnorm_c + STATES + state, dbias_c, mask=owned)
     tl.store(dc_0 + state, dc.to(dc_0.dtype.element_ty), mask=owned)
     if dc_reset is not None:
         tl.store(dc_reset + state, dc_fresh.to(dc_reset.dtype.element_ty), mask=owned)
+
+
+class Gradients(NamedTuple):
+    """What the backward recurrence gives; see the module's docstring. None where there is no such variant."""
+
+    dgates: torch.Tensor
+    dc_0: torch.Tensor
+    dc_reset: torch.Tensor | None
+    dproduct: torch.Tensor | None
+    dh_0: torch.Tensor | None
+    dh_reset: torch.Tensor | None
+    dpeephole: torch.Tensor | None
+    dnorm_c: torch.Tensor | None
 
 
 def lstm_backward(
@@ -207,15 +367,20 @@ def lstm_backward(
     order: str | None = None,
     dcells: torch.Tensor | None = None,
     dactivated: torch.Tensor | None = None,
+    extras: Extras = PLAIN,
+    product: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
     launch: Launcher = run,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Run the backward recurrence of one layer -> dgates [rows, D, 4H], dc_0 and, with reset_c, its gradient.
+) -> Gradients:
+    """Run the backward recurrence of one layer.
 
     All tensors are contiguous and of one floating type, but for c_0, reset_c and dc_n, which may have
     any; nothing given is modified. dcells [rows, D, H], dactivated [rows, D, 4H]: gradients of the saved
-    cells and activated gates themselves. The gradients of c_0 and reset_c come in the compute type.
+    cells and activated gates themselves. product, stats: with layer normalisation. The gradients of
+    states come in the compute type.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
+    extras.check(config, hidden_size)
     dgates = torch.empty_like(gates)
     dtype = compute_dtype(gates.dtype)
     dc_0 = gates.new_empty((directions, layout.batch, hidden_size), dtype=dtype)
@@ -224,6 +389,14 @@ def lstm_backward(
     if config.placement == "stepwise":
         carry_dc = torch.zeros_like(dc_0) if dc_n is None else dc_n.to(dtype, copy=True)
         carry_dc_reset = torch.zeros_like(carry_dc) if reset_c is not None else None
+    # Zeroed: `stepwise` adds to them launch by launch.
+    peephole, zoneout, norm = extras.peephole is not None, extras.cell.zoneout_h > 0, extras.gain_hh is not None
+    dh_0 = torch.zeros_like(dc_0) if zoneout else None
+    dh_reset = torch.zeros_like(dc_0) if zoneout and reset_c is not None else None
+    dpeephole = dc_0.new_zeros((3, *dc_0.shape)) if peephole else None
+    dnorm_c = dc_0.new_zeros((2, *dc_0.shape)) if norm else None
+    dproduct = torch.empty_like(dgates) if norm else None
+    pairs = extras.pairs(layout, config, hidden_size, w_hh)
     arguments = {
         "dout": dout,
         "dh_n": dh_n,
@@ -242,7 +415,17 @@ def lstm_backward(
         "carry_dc_reset": carry_dc_reset,
         "lengths": lengths,
         "reset": None if reset is None else reset.view(torch.uint8),
+        "product": product,
+        "stats": stats,
+        "pairs": pairs,
+        "dproduct": dproduct,
+        "dh_0": dh_0,
+        "dh_reset": dh_reset,
+        "dpeephole": dpeephole,
+        "dnorm_c": dnorm_c,
+        "grad_clip": extras.cell.grad_clip or None,
     }
-    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, dgates, backward=True)
-    launch(lstm_backward_kernel, recurrence, arguments)
-    return dgates, dc_0, dc_reset
+    exchanged = (dgates if dproduct is None else dproduct, pairs)
+    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=True)
+    launch(lstm_backward_kernel, recurrence, arguments | extras.arguments())
+    return Gradients(dgates, dc_0, dc_reset, dproduct, dh_0, dh_reset, dpeephole, dnorm_c)

@@ -1,7 +1,12 @@
-"""The LSTM cell on tiles: the only place in the kernels where its maths is written.
+"""The LSTM cell on tiles, with its variants: the only place in the kernels where its maths is written.
 
 Gate order is PyTorch's: input i, forget f, candidate g, output o. Every tile is in the compute
 type (fp32, or fp64 under the interpreter) and of one shape; the functions do not care which.
+
+What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
+binary: w_ci, w_cf, w_co, the peephole weights of each unit; g_scale, the mask on the candidate; cell_clip and
+grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell hands in what `norm.py` has made of its pre-activations,
+and normalises c_t before `lstm_output`. `reference.py` states the same in plain PyTorch, with sources.
 """
 
 import triton
@@ -24,26 +29,99 @@ def tanh(x):
 
 
 @triton.jit
-def lstm_forward_step(a_i, a_f, a_g, a_o, c_prev):
-    """Pre-activations and c_{t-1} -> activated gates i, f, g, o and the new c_t, h_t."""
+def clipped(x, bound):
+    """x within +-bound; a NaN stays one."""
+    if bound is None:
+        return x
+    else:
+        return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
+def candidate(i, f, g, c_prev, g_scale):
+    """The new cell state, before it is clipped."""
+    if g_scale is not None:
+        g = g * g_scale
+    return f * c_prev + i * g
+
+
+@triton.jit
+def lstm_forward_step(a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr):
+    """Pre-activations and c_{t-1} -> activated gates i, f, g, o and the new c_t."""
+    if w_ci is not None:
+        a_i += w_ci * c_prev
+        a_f += w_cf * c_prev
     i = sigmoid(a_i)
-    f = sigmoid(a_f)
+    f = 1.0 - i if COUPLED else sigmoid(a_f)
     g = tanh(a_g)
+    c = clipped(candidate(i, f, g, c_prev, g_scale), cell_clip)
+    if w_co is not None:
+        a_o += w_co * c
     o = sigmoid(a_o)
-    c = f * c_prev + i * g
-    h = o * tanh(c)
-    return i, f, g, o, c, h
+    return i, f, g, o, c
 
 
 @triton.jit
-def lstm_backward_step(i, f, g, o, c, c_prev, dh, dc):
-    """Gradients of h_t and c_t -> those of the four activated gates and of c_{t-1}."""
+def lstm_output(o, c):
+    """h_t of the output gate and c_t, or what layer normalisation has made of c_t."""
+    return o * tanh(c)
+
+
+@triton.jit
+def lstm_output_backward(o, c, dh):
+    """Gradient of h_t -> those of the activated output gate and of c as `lstm_output` took it."""
     tanh_c = tanh(c)
-    dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
-    return dc * g, dc * c_prev, dc * i, dh * tanh_c, dc * f
+    return dh * tanh_c, dh * o * (1.0 - tanh_c * tanh_c)
 
 
 @triton.jit
-def lstm_gates_backward(i, f, g, o, d_i, d_f, d_g, d_o):
-    """Gradients of the activated gates -> those of the pre-activations."""
-    return d_i * i * (1.0 - i), d_f * f * (1.0 - f), d_g * (1.0 - g * g), d_o * o * (1.0 - o)
+def lstm_backward_step(
+    i, f, g, o, c_prev, raw, c, di, df, dg, do, dc, w_ci, w_cf, w_co, g_scale, cell_clip, grad_clip,
+    COUPLED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of c_t (dc) and of the activated gates (all of do, of the rest what does not come through c_t; None
+    for nothing) -> those of the four pre-activations and of c_{t-1}.
+
+    raw: c_t before it was clipped, c after.
+    """
+    da_o = clipped(do * o * (1.0 - o), grad_clip)
+    if w_co is not None:
+        dc += da_o * w_co
+    if cell_clip is not None:
+        dc = tl.where(tl.abs(raw) <= cell_clip, dc, 0.0)
+    through_i, through_f, through_g = dc * g, dc * c_prev, dc * i
+    if g_scale is not None:
+        through_i, through_g = through_i * g_scale, through_g * g_scale
+    if di is not None:
+        through_i, through_f, through_g = through_i + di, through_f + df, through_g + dg
+    if COUPLED:
+        through_i -= through_f
+    da_i = clipped(through_i * i * (1.0 - i), grad_clip)
+    da_f = tl.zeros_like(f) if COUPLED else clipped(through_f * f * (1.0 - f), grad_clip)
+    da_g = clipped(through_g * (1.0 - g * g), grad_clip)
+    dc_prev = dc * f
+    if w_ci is not None:
+        dc_prev += da_i * w_ci + da_f * w_cf
+    return da_i, da_f, da_g, da_o, dc_prev
+
+
+@triton.jit
+def zoneout(new, old, keep, SAMPLED: tl.constexpr):
+    """A state that keeps its old value where `keep` (bool) says so; or the mean of that, keep being the probability."""
+    if keep is None:
+        return new
+    elif SAMPLED:
+        return tl.where(keep, old, new)
+    else:
+        return keep * old + (1.0 - keep) * new
+
+
+@triton.jit
+def zoneout_backward(d, keep, SAMPLED: tl.constexpr):
+    """Gradient of what `zoneout` gave -> those of the new and of the old state."""
+    if keep is None:
+        return d, tl.zeros_like(d)
+    elif SAMPLED:
+        return tl.where(keep, 0.0, d), tl.where(keep, d, 0.0)
+    else:
+        return (1.0 - keep) * d, keep * d

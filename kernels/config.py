@@ -1,16 +1,38 @@
-"""What a launch is told: how the recurrence is placed (Config) and how its rows lie (Layout)."""
+"""What a launch is told: how the recurrence is placed (Config), what its cell computes beyond the plain LSTM
+(Cell) and how its rows lie (Layout)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
+
+Text = TypeVar("Text", bound="_Encoded")
 
 PLACEMENTS = ("local", "grid", "stepwise", "single")
 PROTOCOLS = ("none", "flags", "mailbox")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
+class _Encoded:
+    """A dataclass of words and numbers as a one-line text: operators take it as a string."""
+
+    def encode(self) -> str:
+        """A text that `decode` reads back."""
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def decode(cls: type[Text], text: str) -> Text:
+        """Inverse of `encode`; ValueError names what is wrong with any other text."""
+        words = dict(word.partition("=")[::2] for word in text.split())
+        expected = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+        if words.keys() != expected.keys():
+            raise ValueError(f"a {cls.__name__.lower()} has the fields {', '.join(expected)}; got {text!r}")
+        readers = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
+        return cls(**{name: readers[str(expected[name])](word) for name, word in words.items()})
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(_Encoded):
     """One way to run one pass of the recurrence; every field but the last is part of the binary.
 
     placement: "local" (a program owns all units of its rows), "grid" (programs exchange a tile
@@ -55,19 +77,45 @@ class Config:
         if self.placement == "local" and (self.block_k != self.block_h or not self.resident):
             raise ValueError("placement 'local' keeps W_hh resident with block_k == block_h")
 
-    def encode(self) -> str:
-        """A one-line text that `decode` reads back: operators take a config as a string."""
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
-    @classmethod
-    def decode(cls, text: str) -> Config:
-        """Inverse of `encode`; ValueError names what is wrong with any other text."""
-        words = dict(word.partition("=")[::2] for word in text.split())
-        expected = {field.name: field.type for field in fields(cls)}
-        if words.keys() != expected.keys():
-            raise ValueError(f"a config has the fields {', '.join(expected)}; got {text!r}")
-        readers = {"str": str, "int": int, "bool": {"True": True, "False": False}.__getitem__}
-        return cls(**{name: readers[str(expected[name])](word) for name, word in words.items()})  # type: ignore[arg-type]
+CHANCE_BITS = 24  # a probability is a whole number of 2^-24: what a mask's 24 random bits are compared with
+
+
+@dataclass(frozen=True)
+class Cell(_Encoded):
+    """What the cell computes beyond the plain LSTM, but for what a given tensor says already (see `Extras`).
+
+    sampled: masks are drawn (training); else each is replaced by its mean.
+    zoneout_h, zoneout_c: probability that a unit keeps its h, its c. recurrent_dropout: of dropping the new
+        candidate g of a unit, at one step. variational_x, variational_h: of dropping an input of the layer, a unit
+        of the h that its recurrent product reads, for a whole sequence. All in units of 2^-24, see `chance`.
+    cell_clip, grad_clip: bounds of |c|, and of the gradients of the pre-activations; 0 for none.
+    coupled: f = 1 - i.
+    """
+
+    sampled: bool = False
+    zoneout_h: int = 0
+    zoneout_c: int = 0
+    recurrent_dropout: int = 0
+    variational_x: int = 0
+    variational_h: int = 0
+    cell_clip: float = 0.0
+    grad_clip: float = 0.0
+    coupled: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether a seed is needed."""
+        masks = self.zoneout_h, self.zoneout_c, self.recurrent_dropout, self.variational_x, self.variational_h
+        return self.sampled and any(masks)
+
+
+PLAIN_CELL = Cell()
+
+
+def chance(p: float) -> int:
+    """The probability p in [0, 1) in units of 2^-24; never 1."""
+    return min(round(p * 2**CHANCE_BITS), 2**CHANCE_BITS - 1)
 
 
 @dataclass(frozen=True)

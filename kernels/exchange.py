@@ -1,11 +1,12 @@
 """How programs of one launch hand each other a tile per step: publish and collect.
 
-The tile that crosses is a row block of a sequence buffer that has to be written anyway (`out` in
-the forward pass, `dgates` in the backward one). An address is written once per launch, so nothing
-stale can be met and no buffer is reused. `PROTOCOL` is one of
+The tile that crosses is a row block of a sequence buffer, mostly one that has to be written anyway
+(`out` in the forward pass, `dgates` in the backward one); layer normalisation has programs `share`
+sums too. An address is written once per launch, so nothing stale can be met and no buffer is reused.
+`PROTOCOL` is one of
 
 - "none": what is collected was complete before this launch began.
-- "flags": a program stores its tile, then raises its own flag to the number of steps it has
+- "flags": a program stores its tile, then raises its own flag to the number of tiles it has
   published; consumers poll the flags of their batch tile only.
   Buffer: flags [D, batch tiles, hidden tiles] int32, zeroed by the launcher for every launch.
 - "mailbox": the data is its own flag. The launcher fills the buffer with EMPTY, a bit pattern
@@ -34,29 +35,29 @@ def publishable(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def raise_flag(flags, tile, steps, PROTOCOL: tl.constexpr):
-    """Tell the others that this program (`tile` of its batch tile) has stored `steps` steps."""
+def raise_flag(flags, tile, count, PROTOCOL: tl.constexpr):
+    """Tell the others that this program (`tile` of its batch tile) has published `count` times."""
     if PROTOCOL == "flags":
         # Every warp must have stored its part before one thread releases the flag; up to
         # Triton 3.8 nothing else puts a barrier between a store and a release atomic.
         tl.debug_barrier()
-        tl.atomic_xchg(flags + tile, steps, sem="release", scope="gpu")
+        tl.atomic_xchg(flags + tile, count, sem="release", scope="gpu")
 
 
 @triton.jit
-def await_flags(flags, steps, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
-    """Return once all TILES programs of this batch tile have published `steps` steps."""
+def await_flags(flags, count, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
+    """Return once all TILES programs of this batch tile have published `count` times."""
     if PROTOCOL == "flags":
         tile = tl.arange(0, TILES_POW2)
         present = tile < TILES
         # The loops carry scalars: Triton 3.7 fails to compile one that carries a tensor of flags.
-        least = tl.min(tl.load(flags + tile, mask=present, other=steps, volatile=True))
-        while least < steps:
-            least = tl.min(tl.load(flags + tile, mask=present, other=steps, volatile=True))
+        least = tl.min(tl.load(flags + tile, mask=present, other=count, volatile=True))
+        while least < count:
+            least = tl.min(tl.load(flags + tile, mask=present, other=count, volatile=True))
         # Those polls are relaxed; an acquiring read of each flag orders the loads that follow.
-        least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), steps))
-        while least < steps:
-            least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), steps))
+        least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), count))
+        while least < count:
+            least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), count))
         tl.debug_barrier()
 
 
@@ -81,3 +82,33 @@ def collect(ptrs, mask, waiting, PROTOCOL: tl.constexpr):
     else:
         tile = tl.load(ptrs, mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def share(
+    first,
+    second,
+    pairs,
+    valid,
+    own_tile,
+    flags,
+    count,
+    TILES: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+):
+    """Two numbers per row [BLOCK_B] of every program of this batch tile -> two [BLOCK_B, TILES] tiles.
+
+    pairs: [BLOCK_B] pointers to a row's [TILES, 2] numbers. valid: rows that exist. count: as for `raise_flag`. Tiles
+    are padded with 0 to a power of two.
+    """
+    dtype: tl.constexpr = pairs.dtype.element_ty
+    TILES_POW2: tl.constexpr = triton.next_power_of_2(TILES)
+    tl.store(pairs + 2 * own_tile, publishable(first, dtype), mask=valid)
+    tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)
+    raise_flag(flags, own_tile, count, PROTOCOL)
+    await_flags(flags, count, TILES, TILES_POW2, PROTOCOL)
+    # Both numbers of all programs in one load: one loop that waits, not two.
+    k = tl.arange(0, 2 * TILES_POW2)
+    mask = valid[:, None] & (k < 2 * TILES)[None, :]
+    both = collect(pairs[:, None] + k[None, :], mask, mask, PROTOCOL)
+    return tl.split(tl.reshape(both, (both.shape[0], TILES_POW2, 2)))

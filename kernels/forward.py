@@ -1,4 +1,4 @@
-"""Forward recurrence: gates_t = xp_t + h_{t-1} W_hh^T, then the cell, for all T steps.
+"""Forward recurrence: gates_t = xp_t + h_{t-1} W_hh^T, then the cell with its variants, for all T steps.
 
 Buffers (layouts in tiles.py; T*B rows):
 - gates [rows, D, 4, H]: holds xp = x W_ih^T + bias on entry. With SAVE the activated gates i, f,
@@ -7,6 +7,11 @@ Buffers (layouts in tiles.py; T*B rows):
 - cells [rows, D, H]: c_t, written with SAVE only.
 - h_n, c_n [D, B, H]: the last state of each row.
 - carry_h, carry_c [D, B, H] in the compute type: state between launches, `stepwise` only.
+- stats [rows, D, 4] in the compute type, with layer normalisation and SAVE: mean and rstd of h_{t-1} W_hh^T, then of
+  c_t before zoneout.
+- sent [rows, D, H], with a mask on the recurrent h: h_t masked, which is then what programs hand each other; its
+  initial and reset states come as masked_h_0 and masked_reset_h.
+- pairs [rows, D, 2, hidden tiles, 2] in the compute type: what programs share for layer normalisation.
 - x [B, I], w_ih [D, 4H, I], bias [D, 4H]: `single` only, where one launch computes xp as well and
   gates need not hold anything on entry.
 """
@@ -17,15 +22,31 @@ import torch
 import triton
 import triton.language as tl
 
-from .cell import lstm_forward_step
+from .cell import lstm_forward_step, lstm_output, zoneout
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
+from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
+from .masks import step_masks
+from .norm import moments, norm_gates
 from .product import multiply, recurrent_product, resident_weights, zero_product
-from .tiles import RUNTIME_SIZES, own_tile, per_row, per_unit, restarts, runs_reversed, split_gates, time_of
+from .tiles import (
+    RUNTIME_SIZES,
+    load_gates,
+    of_gates,
+    of_units,
+    own_tile,
+    per_row,
+    per_unit,
+    restarts,
+    runs_reversed,
+    split_gates,
+    store_gates,
+    time_of,
+)
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
 def lstm_forward_kernel(
     gates,  # [rows, D, 4, H]
     w_hh,  # [D, 4H, H]
@@ -45,6 +66,21 @@ def lstm_forward_kernel(
     x,  # [B, I] or None
     w_ih,  # [D, 4H, I] or None
     bias,  # [D, 4H] or None
+    peephole,  # [D, 3, H] or None: to i, f and o
+    gain_hh,  # [D, 4, H] or None: without layer normalisation
+    norm_c,  # [D, 2, H] or None: gain and bias
+    seed,  # [D] int64 or None: no masks of single steps are drawn
+    h_mask,  # [D, B, H] or None
+    masked_h_0,  # [D, B, H] or None
+    masked_reset_h,  # [D, B, H] or None
+    sent,  # [rows, D, H] or None
+    pairs,  # [rows, D, 2, hidden tiles, 2] or None
+    stats,  # [rows, D, 4] or None
+    time_begin,  # time of the first row, where this is a window of a longer sequence
+    zoneout_h,  # probabilities in units of 2^-24, None for 0
+    zoneout_c,
+    recurrent_dropout,
+    cell_clip,  # None for none
     batch,
     seq_len,
     row_stride_t,
@@ -58,6 +94,8 @@ def lstm_forward_kernel(
     ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
     SAVE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SAMPLED: tl.constexpr,
     PLACEMENT: tl.constexpr,
     PROTOCOL: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -69,6 +107,8 @@ def lstm_forward_kernel(
 ):
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps [step_begin, step_end)."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    NORM: tl.constexpr = gain_hh is not None
+    PUBLISHED: tl.constexpr = 3 if NORM else 1  # tiles that a program publishes in a step
     dtype: tl.constexpr = out.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     hidden_tile = tl.program_id(0)
@@ -90,6 +130,19 @@ def lstm_forward_kernel(
         h = tl.load(h_0 + state, mask=owned, other=0.0).to(compute)
         c = tl.load(c_0 + state, mask=owned, other=0.0).to(compute)
 
+    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
+    gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
+    gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
+    bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
+    start_h, fresh_h, exchanged = h_0, reset_h, out
+    if h_mask is not None:
+        start_h, fresh_h = masked_h_0, masked_reset_h
+        own_mask = tl.load(h_mask + state, mask=owned, other=0.0).to(compute)
+        if sent is not None:
+            exchanged = sent
+
     w_hh += direction.to(tl.int64) * (4 * H * H)
     weights = ()
     if RESIDENT:
@@ -102,74 +155,95 @@ def lstm_forward_kernel(
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
         if bias is not None:
-            of_unit = bias + direction * (4 * H) + per_unit(unit, UNITS_FIRST)
-            exists = per_unit(unit < H, UNITS_FIRST)
-            x_i += tl.load(of_unit, mask=exists, other=0.0)
-            x_f += tl.load(of_unit + H, mask=exists, other=0.0)
-            x_g += tl.load(of_unit + 2 * H, mask=exists, other=0.0)
-            x_o += tl.load(of_unit + 3 * H, mask=exists, other=0.0)
+            b_i, b_f, b_g, b_o = of_gates(bias, direction, unit, H, compute, UNITS_FIRST)
+            x_i, x_f, x_g, x_o = x_i + b_i, x_f + b_f, x_g + b_g, x_o + b_o
 
     for step in range(step_begin, step_end):
         active = step < length
-        rows = time_of(step, length, reverse) * row_stride_t + b * row_stride_b
+        time = time_of(step, length, reverse)
+        rows = time * row_stride_t + b * row_stride_b
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
         # The projected input does not depend on the others: ask for it before waiting for them.
         offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         if PLACEMENT != "single":
-            x_i = tl.load(gates + offset, mask=owned, other=0.0)
-            x_f = tl.load(gates + offset + H, mask=owned, other=0.0)
-            x_g = tl.load(gates + offset + 2 * H, mask=owned, other=0.0)
-            x_o = tl.load(gates + offset + 3 * H, mask=owned, other=0.0)
+            x_i, x_f, x_g, x_o = load_gates(gates, offset, owned, H, compute)
+        keep_h, keep_c, g_scale = step_masks(
+            seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, UNITS_FIRST
+        )
 
         c_prev = c
+        h_prev = h
         if reset is not None:
             fresh = per_row(restart, UNITS_FIRST) & owned
             if reset_c is None:
                 c_prev = tl.where(fresh, 0.0, c)
             else:
                 c_prev = tl.where(fresh, tl.load(reset_c + state, mask=fresh, other=0.0).to(compute), c)
-        if PLACEMENT == "local":
-            h_prev = h
-            if reset is not None:
+            if PLACEMENT == "local" or zoneout_h is not None:
                 if reset_h is None:
                     h_prev = tl.where(fresh, 0.0, h)
                 else:
                     h_prev = tl.where(fresh, tl.load(reset_h + state, mask=fresh, other=0.0).to(compute), h)
+        if PLACEMENT == "local":
             acc = zero_product(4 * BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
-            acc = multiply(h_prev.to(dtype), weights[0], acc, UNITS_FIRST, False, PRECISION)
+            operand = h_prev if h_mask is None else h_prev * own_mask
+            acc = multiply(operand.to(dtype), weights[0], acc, UNITS_FIRST, False, PRECISION)
         else:
             # Row by row: the output one step ago, the initial state, or the reset state.
             before = time_of(step - 1, length, reverse) * row_stride_t + b * row_stride_b
-            source = out + (before * D + direction) * H
+            source = exchanged + (before * D + direction) * H
             waiting = in_batch & (step > 0) & (restart == 0)
             readable = waiting
             if h_0 is not None:
                 start = in_batch & (step == 0) & (restart == 0)
-                source = tl.where(start, h_0 + (direction * batch + b) * H, source)
+                source = tl.where(start, start_h + (direction * batch + b) * H, source)
                 readable = readable | start
             if reset_h is not None:
-                source = tl.where(restart, reset_h + (direction * batch + b) * H, source)
+                source = tl.where(restart, fresh_h + (direction * batch + b) * H, source)
                 readable = readable | restart
-            await_flags(flags, step, TILES, triton.next_power_of_2(TILES), PROTOCOL)
+            await_flags(flags, step * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             acc = recurrent_product(
                 source, readable, waiting, weights, w_hh, unit, compute, H, H, False, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
 
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
-        i, f, g, o, c_new, h_new = lstm_forward_step(a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev)
+        if NORM:
+            own_pairs = pairs + (rows * D + direction) * (4 * TILES)
+            a_i, a_f, a_g, a_o, mean_z, rstd_z = norm_gates(
+                a_i, a_f, a_g, a_o, gain_i, gain_f, gain_g, gain_o, owned, hidden_tile, own_pairs, in_batch, flags,
+                step * PUBLISHED + 1, H, COUPLED, BLOCK_H, UNITS_FIRST, PROTOCOL,
+            )  # fmt: skip
+        i, f, g, o, c_new = lstm_forward_step(
+            a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED
+        )
+        seen = c_new
+        if NORM:
+            mean_c, rstd_c = moments(
+                (c_new,), owned, hidden_tile, own_pairs + 2 * TILES, in_batch, flags, step * PUBLISHED + 2, H, BLOCK_H,
+                UNITS_FIRST, PROTOCOL,
+            )  # fmt: skip
+            seen = gain_c * ((c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)) + bias_c
+        h_new = zoneout(lstm_output(o, seen), h_prev, keep_h, SAMPLED)
+        c_new = zoneout(c_new, c_prev, keep_c, SAMPLED)
         live = per_row(active, UNITS_FIRST)
         c = tl.where(live, c_new, c)
         h = tl.where(live, h_new, h)
         sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         h_t = publishable(tl.where(live, h_new, 0.0), dtype)
         tl.store(out + sequence, h_t, mask=owned)
-        raise_flag(flags, hidden_tile, step + 1, PROTOCOL)
+        if sent is not None:
+            tl.store(sent + sequence, publishable(tl.where(live, h_new * own_mask, 0.0), dtype), mask=owned)
+        raise_flag(flags, hidden_tile, (step + 1) * PUBLISHED, PROTOCOL)
+        if SAVE and stats is not None:
+            of_row = stats + (rows * D + direction) * 4
+            mine = in_batch & (hidden_tile == 0)
+            tl.store(of_row, mean_z, mask=mine)
+            tl.store(of_row + 1, rstd_z, mask=mine)
+            tl.store(of_row + 2, mean_c, mask=mine)
+            tl.store(of_row + 3, rstd_c, mask=mine)
         if SAVE:
-            tl.store(gates + offset, i.to(dtype), mask=owned)
-            tl.store(gates + offset + H, f.to(dtype), mask=owned)
-            tl.store(gates + offset + 2 * H, g.to(dtype), mask=owned)
-            tl.store(gates + offset + 3 * H, o.to(dtype), mask=owned)
+            store_gates(gates, offset, owned, i, f, g, o, H)
             tl.store(cells + sequence, c.to(dtype), mask=owned)
 
     if PLACEMENT == "stepwise":
@@ -193,9 +267,10 @@ def lstm_forward(
     order: str | None = None,
     c_dtype: torch.dtype | None = None,
     projection: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
+    extras: Extras = PLAIN,
     launch: Launcher = run,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Run the forward recurrence of one layer -> out [rows, D, H], h_n, c_n [D, B, H], cells or None.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Run the forward recurrence of one layer -> out [rows, D, H], h_n, c_n [D, B, H], cells and stats or None.
 
     gates [rows, D, 4H] is consumed: with `save` it holds the activated gates afterwards. All
     tensors are contiguous and of one floating type, but for c_0, which may have any; lengths [B]
@@ -206,6 +281,7 @@ def lstm_forward(
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
     if (projection is None) != (config.placement != "single") or (projection is not None and layout.seq_len != 1):
         raise ValueError("placement 'single' is for one step, with the projection of its input")
+    extras.check(config, hidden_size)
     x, w_ih, bias = projection or (None, None, None)
     out = w_hh.new_empty((layout.rows, directions, hidden_size))
     h_n = w_hh.new_empty((directions, layout.batch, hidden_size))
@@ -213,6 +289,9 @@ def lstm_forward(
     cells = torch.empty_like(out) if save else None
     h_0, c_0 = state if state is not None else (None, None)
     reset_h, reset_c = reset_state if reset_state is not None else (None, None)
+    masked_h_0, masked_reset_h = (extras.masked(h) for h in (h_0, reset_h))
+    sent = torch.empty_like(out) if extras.h_mask is not None and config.placement != "local" else None
+    pairs, stats = extras.pairs(layout, config, hidden_size, w_hh), extras.stats(layout, w_hh) if save else None
     carry_h = carry_c = None
     if config.placement == "stepwise":
         carry = {"dtype": compute_dtype(w_hh.dtype), "memory_format": torch.contiguous_format, "copy": True}
@@ -236,9 +315,15 @@ def lstm_forward(
         "x": x,
         "w_ih": w_ih,
         "bias": bias,
+        "masked_h_0": masked_h_0,
+        "masked_reset_h": masked_reset_h,
+        "sent": sent,
+        "pairs": pairs,
+        "stats": stats,
         "INPUTS": 0 if x is None else x.shape[1],
         "SAVE": save,
     }
-    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, out, backward=False)
-    launch(lstm_forward_kernel, recurrence, arguments)
-    return out, h_n, c_n, cells
+    exchanged = (out if sent is None else sent, pairs)
+    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=False)
+    launch(lstm_forward_kernel, recurrence, arguments | extras.arguments())
+    return out, h_n, c_n, cells, stats

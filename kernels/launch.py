@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class Recurrence:
     """One pass to be launched.
 
     order: which sets of weights run in reverse, "forward", "reverse" or "both"; see `runs_reversed`.
-    exchanged: the buffer that programs hand each other.
+    exchanged: the buffers that programs hand each other, the first of which has the type of the data.
     """
 
     config: Config
@@ -87,22 +87,29 @@ class Recurrence:
     directions: int
     order: str | None
     precision: str
-    exchanged: torch.Tensor
+    exchanged: Sequence[torch.Tensor | None]
     backward: bool
+
+    @property
+    def first_exchanged(self) -> torch.Tensor:
+        assert self.exchanged[0] is not None
+        return self.exchanged[0]
 
     def calls(self, nvidia: bool) -> Iterator[tuple[tuple[int, int, int], dict[str, Any]]]:
         """(grid, arguments that both recurrences share, with Triton's options) of every launch, in order.
 
         Resets the exchange: flags are made anew, and mailboxes are filled with EMPTY.
         """
-        config, layout, exchanged = self.config, self.layout, self.exchanged
+        config, layout, exchanged = self.config, self.layout, self.first_exchanged
         hidden_tiles = triton.cdiv(self.hidden_size, config.block_h)
         flags = None
         if config.protocol == "flags":
             batch_tiles = triton.cdiv(layout.batch, config.block_b)
             flags = exchanged.new_zeros((self.directions, batch_tiles, hidden_tiles), dtype=torch.int32)
         elif config.protocol == "mailbox":
-            exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)
+            for buffer in self.exchanged:
+                if buffer is not None:
+                    buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)
         shared = constants(config, self.hidden_size, self.directions, self.order, self.precision, exchanged.dtype)
         shared |= compile_options(config, nvidia) | {
             "flags": flags,
@@ -118,7 +125,7 @@ class Recurrence:
 
 def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
     """Launch a pass on the device of its tensors; `arguments` are the kernel's own."""
-    exchanged = recurrence.exchanged
+    exchanged = recurrence.first_exchanged
     device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
     with device:
         for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):

@@ -36,6 +36,54 @@ def per_unit(v, UNITS_FIRST: tl.constexpr):
 
 
 @triton.jit
+def of_units(
+    vectors,
+    index: tl.constexpr,
+    COUNT: tl.constexpr,
+    direction,
+    unit,
+    H: tl.constexpr,
+    compute: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+):
+    """One of COUNT vectors [D, COUNT, H] for the units of a state tile, over which it broadcasts; None for None."""
+    if vectors is None:
+        return None
+    else:
+        own = vectors + (direction * COUNT + index) * H + per_unit(unit, UNITS_FIRST)
+        return tl.load(own, mask=per_unit(unit < H, UNITS_FIRST), other=0.0).to(compute)
+
+
+@triton.jit
+def of_gates(vectors, direction, unit, H: tl.constexpr, compute: tl.constexpr, UNITS_FIRST: tl.constexpr):
+    """The four vectors of [D, 4, H] as `of_units` gives them."""
+    i = of_units(vectors, 0, 4, direction, unit, H, compute, UNITS_FIRST)
+    f = of_units(vectors, 1, 4, direction, unit, H, compute, UNITS_FIRST)
+    g = of_units(vectors, 2, 4, direction, unit, H, compute, UNITS_FIRST)
+    o = of_units(vectors, 3, 4, direction, unit, H, compute, UNITS_FIRST)
+    return i, f, g, o
+
+
+@triton.jit
+def load_gates(buffer, offset, mask, H: tl.constexpr, compute: tl.constexpr):
+    """Four state tiles of a [rows, D, 4, H] buffer, 0 where masked."""
+    i = tl.load(buffer + offset, mask=mask, other=0.0).to(compute)
+    f = tl.load(buffer + offset + H, mask=mask, other=0.0).to(compute)
+    g = tl.load(buffer + offset + 2 * H, mask=mask, other=0.0).to(compute)
+    o = tl.load(buffer + offset + 3 * H, mask=mask, other=0.0).to(compute)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(buffer, offset, mask, i, f, g, o, H: tl.constexpr):
+    dtype: tl.constexpr = buffer.dtype.element_ty
+    tl.store(buffer + offset, i.to(dtype), mask=mask)
+    tl.store(buffer + offset + H, f.to(dtype), mask=mask)
+    tl.store(buffer + offset + 2 * H, g.to(dtype), mask=mask)
+    tl.store(buffer + offset + 3 * H, o.to(dtype), mask=mask)
+
+
+@triton.jit
 def own_tile(
     hidden_tile,
     batch_tile,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .cost import microseconds_per_step
-from .layer import Inputs
+from .layer import OF_SETS, WEIGHTS, Inputs
 from .planner import NoPlan
 from .precision import resolve_precision
 from .problem import PASSES, Problem, ceil_div
@@ -24,6 +24,7 @@ from .routing import kernel_device, plan_for
 
 # For each of `Inputs` the axis that is mapped over, None for none: as vmap hands it over.
 Dims = Sequence[int | None]
+OF_WEIGHTS = ("w_ih", "w_hh", "bias", *WEIGHTS)
 
 
 def _in_front(tensor: Tensor, dim: int | None, members: int) -> Tensor:
@@ -44,12 +45,16 @@ def _one_by_one(op: Callable[..., Any], members: int, dims: Dims, arguments: tup
 
 @ops.layer.register_vmap
 def _(info, in_dims, *arguments):
-    members, dims = info.batch_size, Inputs(*in_dims[:10])
-    v, options = Inputs(*arguments[:10]), arguments[10:]
+    members, dims = info.batch_size, Inputs(*in_dims[: ops.TENSORS])
+    v, options = Inputs(*arguments[: ops.TENSORS]), arguments[ops.TENSORS :]
     if dims.lengths is not None or dims.reset is not None:
         return _one_by_one(torch.ops.lstm_triton.layer, members, in_dims, arguments)
-    if dims.w_ih is None and dims.w_hh is None and dims.bias is None:
+    cell = ops.cell_of(options[-1])
+    # Masks are drawn by the row of the batch: members of one seed share them only as sets of weights.
+    if not cell.draws and all(getattr(dims, name) is None for name in OF_WEIGHTS):
         return _as_rows(members, dims, v, options)
+    if cell.sampled and cell.variational_x and dims.x is None:  # a mask of its own for every member
+        v, dims = v._replace(x=v.x.expand(members, *v.x.shape)), dims._replace(x=0)
     return _as_sets(members, dims, v, options)
 
 
@@ -84,7 +89,7 @@ def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
     w_hh = v.w_hh if dims.w_hh is None else v.w_hh.select(dims.w_hh, 0)
     axis = 0 if options[0] else 1
     batch = (v.x if dims.x is None else v.x.select(dims.x, 0)).shape[axis]
-    *_, precision, plan = options
+    *_, precision, plan, _ = options
     count = members if plan else members_per_launch(members, w_hh.shape[0], w_hh, batch, precision)
     if count == members:
         return _one_launch(members, dims, v, options)
@@ -105,7 +110,7 @@ def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
 
 def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
     merged = {}
-    for name in ("w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c"):
+    for name in OF_SETS:
         tensor = getattr(v, name)
         merged[name] = None if tensor is None else _in_front(tensor, getattr(dims, name), members).flatten(0, 1)
     x = v.x
@@ -113,11 +118,11 @@ def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple,
     if dims.x is not None or inner:
         x = _in_front(x, dims.x, members).movedim(0, 2)
         x = x.flatten(2, 3) if inner else x
-    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*v._replace(**merged, x=x), *options)
+    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged, x=x), *options)
     sets = (members, -1)
     results: list[Tensor] = [out.unflatten(-1, sets), h_n.unflatten(0, sets), c_n.unflatten(0, sets)]
     where: list[int | None] = [2, 0, 0]
-    for kept in (kept_1, kept_2):
+    for kept in states:
         results.append(kept.unflatten(1, sets) if kept.dim() > 1 else kept)
         where.append(1 if kept.dim() > 1 else None)
     return tuple(results), tuple(where)
@@ -131,12 +136,12 @@ def _as_rows(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
         tensor = getattr(v, name)
         if tensor is not None:
             merged[name] = _in_front(tensor, getattr(dims, name), members).movedim(0, axis).flatten(axis, axis + 1)
-    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*v._replace(**merged), *options)
+    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged), *options)
     rows = (members, -1)
     results: list[Tensor] = [out.unflatten(batch_axis, rows), h_n.unflatten(1, rows), c_n.unflatten(1, rows)]
     where: list[int | None] = [batch_axis, 1, 1]
     seq_len = out.shape[1 - batch_axis]
-    for kept in (kept_1, kept_2):
+    for kept in states:
         if kept.dim() == 4:  # [windows, D, B, H]
             results.append(kept.unflatten(2, rows))
             where.append(2)

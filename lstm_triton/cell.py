@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from . import functional
 from .module import State, check_options, of_type
 from .routing import aten_can, compute_dtype, kernel_refusal
+from .variant import Variant
 
 
 class LSTMCell(nn.LSTMCell):
@@ -20,6 +22,11 @@ class LSTMCell(nn.LSTMCell):
 
     def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
         check_options(backend, precision)
+        of_lstm = sorted(kwargs.keys() & ({field.name for field in fields(Variant)} | {"forget_bias"}))
+        if of_lstm:
+            raise TypeError(
+                f"LSTMCell computes the plain cell: {', '.join(of_lstm)} go with LSTM, which takes one step too"
+            )
         super().__init__(*args, **kwargs)
         self.backend = backend
         self.precision = precision

@@ -101,7 +101,9 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     call = Call(*sizes, dtype, proj_size, packed)
     one_step = isinstance(module, LSTMCell) or (not packed and _steps(module, data) == 1)
     one_step = one_step and not invariant
-    return _explanation(call, resolve_precision(module.precision or ""), kernel_device(data.device), reason, one_step)
+    precision, device = resolve_precision(module.precision or ""), kernel_device(data.device)
+    norm = isinstance(module, LSTM) and module.variant.layer_norm
+    return _explanation(call, precision, device, reason, one_step, norm)
 
 
 def explain_call(
@@ -123,23 +125,25 @@ def explain_call(
     return _explanation(call, precision, device, reason, seq_len == 1)
 
 
-def _explanation(call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool) -> Explanation:
+def _explanation(
+    call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool, norm: bool = False
+) -> Explanation:
     asked: tuple[Algorithm, ...] = ()
     if isinstance(device, Device) and device.is_nvidia:
         asked = tuple(algorithm(call, device, which) for which in PASSES)
     if reason:
         return Explanation(tuple(LayerPath(n, "torch", reason, (), asked) for n in range(call.num_layers)))
     assert isinstance(device, Device)
-    passes = tuple(_pass(which, call, precision, device, one_step) for which in PASSES)
+    passes = tuple(_pass(which, call, precision, device, one_step, norm) for which in PASSES)
     why = f"a plan exists for {call.dtype} on {device.name}"
     return Explanation(tuple(LayerPath(n, "triton", why, passes, asked) for n in range(call.num_layers)))
 
 
-def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool) -> PassPath:
-    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision)
+def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool, norm: bool) -> PassPath:
+    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision, norm)
     chosen = plan_for(problem, device)
     assert not isinstance(chosen, NoPlan)
-    single = plan_single(problem, device) if one_step and which == "forward" else None
+    single = plan_single(problem, device) if one_step and which == "forward" and not norm else None
     if single is not None:
         chosen = Plan(single, "heuristic")
     work = work_per_step(chosen.config, problem)

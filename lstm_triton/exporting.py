@@ -27,8 +27,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *tensors, batch_first, bidirectional, keep, batch_invariant, _, _ = arguments
+def _layer(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, options = arguments[: ops.TENSORS], arguments[ops.TENSORS :]
+    batch_first, bidirectional, keep, batch_invariant, _, _, cell = options
     if batch_invariant:
         raise RuntimeError("batch_invariant has no decomposition: no other GEMM promises it")
     if keep != "nothing":
@@ -36,6 +37,8 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from torch._higher_order_ops.scan import scan
 
     loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
-    results = reference.ensemble_forward(*tensors, batch_first=batch_first, bidirectional=bidirectional, loop=loop)
+    results = reference.ensemble_forward(
+        *tensors, batch_first=batch_first, bidirectional=bidirectional, cell=ops.cell_of(cell), loop=loop
+    )
     nothing = tensors[0].new_zeros(0)
-    return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone())
+    return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone(), nothing.clone())

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import batching as batching  # registers what vmap makes of the operators
 from . import ops, reference
+from .kernels.config import PLAIN_CELL, Cell
 from .layer import Inputs
 from .projection import LayerResult, projected_layer
 from .routing import (
@@ -26,7 +27,8 @@ from .routing import (
     transformed,
     warn_once_of_the_loop,
 )
-from .validation import State, check_call, check_recompute, check_states, reset_state_of, weights_per_state
+from .validation import Sizes, State, check_call, check_recompute, check_states, reset_state_of
+from .variant import PLAIN, Variant
 
 KEEP = {"none": "all", "gates": "cells"}  # what the operator keeps for a recompute mode; "chunk:K" is both
 
@@ -65,6 +67,7 @@ def lstm(
     return_states: Sequence[str] = (),
     recompute: str = "none",
     batch_invariant: bool = False,
+    variant: Variant = PLAIN,
     backend: str = "auto",
     precision: str = "",
     plan: str = "",
@@ -79,9 +82,10 @@ def lstm(
         hx: h_0 and c_0, [num_layers * D, B, H], of any floating types; None for zeros. c_0 is read in its own type.
         weights: per layer and direction weight_ih [4H, I], weight_hh [4H, H] and, with bias,
             bias_ih [4H], bias_hh [4H]; gate order i, f, g, o, as in `nn.LSTM._flat_weights`. With
-            proj_size = P, weight_hh is [4H, P] and weight_hr [P, H] comes last.
+            proj_size = P, weight_hh is [4H, P] and weight_hr [P, H] follows. Then those of the variant.
         proj_size: size of the projected h, 0 for none; H below is then P wherever h is meant.
         dropout: probability of dropping an output of every layer but the last, if `training`.
+        training: whether masks are drawn, of dropout and of the variant; else each is replaced by its mean.
         lengths: [B] integers in [0, T], any order, on any device. A row stops at its length:
             outputs beyond it are 0, h_n and c_n are its last real ones, the reverse direction
             starts at its true end, and no gradient reaches the padding.
@@ -97,6 +101,7 @@ def lstm(
         batch_invariant: row i of every result and of the input's gradient has the same bits whatever the other rows
             are, how many there are, and (without projections) where a sequence is cut into calls. Slower; kernels
             only. c_n then comes in float32 for 16-bit types: give it to the next call as it is.
+        variant: what the cell computes beyond the plain LSTM; see `Variant`.
         backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
             takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
             for the module only, whose weights can lie as cuDNN wants them.
@@ -120,12 +125,15 @@ def lstm(
     check_states(return_states, recompute)
     directions = 2 if bidirectional else 1
     input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
-    states, hidden_size = num_layers * directions, weights[0].shape[0] // 4
-    check_call(input, hx, weights, states, directions, proj_size, bias, batch_first, lengths, reset)
+    variant.check(proj_size)
+    states = num_layers * directions
+    sizes = Sizes(states, directions, proj_size, bias, variant)
+    check_call(input, hx, weights, sizes, batch_first, lengths, reset)
+    hidden_size, cell, kind = weights[0].shape[0] // variant.gates, variant.cell(training), variant.kind(training)
     batch, out_size = input.shape[0 if batch_first else 1], proj_size or hidden_size
     reset_state = reset_state_of(reset_state, reset, input, (states, batch, out_size, hidden_size))
     device, dtype = input.device, str(input.dtype).removeprefix("torch.")
-    refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions)
+    refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions, kind)
     if refusal and (plan or batch_invariant):
         given = "a plan was given" if plan else "batch_invariant is asked for"
         raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
@@ -133,7 +141,11 @@ def lstm(
         hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
     if not torch.is_grad_enabled():
         recompute = "none"  # there is no backward pass
-    unmarked = lengths is None and reset is None and not return_states
+    if variant.weight_dropout and training:
+        weights = list(weights)
+        for index in range(1, len(weights), sizes.weights_per_state):
+            weights[index] = F.dropout(weights[index], variant.weight_dropout)
+    unmarked = lengths is None and reset is None and not return_states and kind == "plain"
     plain = unmarked and recompute == "none"
     if refusal and plain and aten_can():
         if hx is None:
@@ -141,29 +153,34 @@ def lstm(
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
     if refusal and input.is_cuda and not (unmarked and aten_can()):
         warn_once_of_the_loop(refusal)
+    seeds = None
+    if cell.draws:  # on the device, for CUDA graphs; one for each set of weights
+        seeds = torch.randint(2**62, (states,), device=device)
     if lengths is not None:
         lengths = lengths.to(input.device, torch.int64)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
-    def run(x, w_ih, w_hh, biases, state, fresh):
-        tensors = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)))
+    def run(extras, x, w_ih, w_hh, biases, state, fresh):
+        given = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)), *extras)
         if refusal:
-            by_aten = unmarked and aten_can()
-            return _torch_layer(tensors, batch_first, bidirectional, recompute, by_aten)
-        options = (batch_first, bidirectional, _keep(tensors, recompute, return_states))
-        return LayerResult(*ops.layer(*tensors, *options, batch_invariant, precision, plan))
+            return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+        options = (batch_first, bidirectional, _keep(given, recompute, return_states), batch_invariant, precision, plan)
+        out, h_n, c_n, gates, cells, _ = ops.layer(*given, *options, "" if cell == PLAIN_CELL else cell.encode())
+        return LayerResult(out, h_n, c_n, gates, cells)
 
     results = []
     for index in range(num_layers):
-        w_ih, w_hh, biases, w_hr = _layer_weights(weights, index, directions, bias, proj_size)
-        state, fresh = (_states_of(pair, index * directions, directions) for pair in (hx, reset_state))
-        if w_hr is None:
-            result = run(input, w_ih, w_hh, biases, state, fresh)
+        of_layer = slice(index * directions, (index + 1) * directions)
+        own = _layer_weights(weights, of_layer, sizes)
+        extras = (own.peephole, own.gain_ih, own.gain_hh, own.norm_c, None if seeds is None else seeds[of_layer])
+        state, fresh = (None if pair is None else (pair[0][of_layer], pair[1][of_layer]) for pair in (hx, reset_state))
+        if own.w_hr is None:
+            result = run(extras, input, own.w_ih, own.w_hh, own.biases, state, fresh)
         else:
-            parts = (input, w_ih, w_hh, w_hr, biases, state, fresh)
+            parts = (input, own.w_ih, own.w_hh, own.w_hr, own.biases, state, fresh)
             project = partial(ops.linear, precision=precision) if batch_invariant else F.linear
-            result = projected_layer(run, *parts, lengths, reset, batch_first, project)
+            result = projected_layer(partial(run, extras), *parts, lengths, reset, batch_first, project)
         results.append(result)
         input = result.out
         if dropout and training and index < num_layers - 1:
@@ -175,7 +192,9 @@ def lstm(
     return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
 
 
-def _torch_layer(tensors: tuple, batch_first: bool, bidirectional: bool, recompute: str, by_aten: bool) -> LayerResult:
+def _torch_layer(
+    tensors: tuple, batch_first: bool, bidirectional: bool, cell: Cell, recompute: str, by_aten: bool
+) -> LayerResult:
     """One layer by aten or step by step in plain PyTorch; whole once more in backward if anything is to be recomputed.
 
     (Not under torch.func's transforms, which do not go with the hooks that this takes.)
@@ -184,7 +203,7 @@ def _torch_layer(tensors: tuple, batch_first: bool, bidirectional: bool, recompu
     def run(*given):
         if by_aten:
             return (*ops.without_kernels(Inputs(*given), batch_first, bidirectional, training=True), None, None)
-        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional)
+        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
 
     if recompute != "none" and not transformed():
         return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
@@ -221,24 +240,44 @@ def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: 
     )
 
 
-def _states_of(pair: State | None, first: int, count: int) -> State | None:
-    return None if pair is None else (pair[0][first : first + count], pair[1][first : first + count])
+class _LayerWeights(NamedTuple):
+    """Of one layer, as `ops.layer` takes them, and w_hr [D, P, H]; biases are the sum of both."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    biases: Tensor | None
+    w_hr: Tensor | None
+    peephole: Tensor | None
+    gain_ih: Tensor | None
+    gain_hh: Tensor | None
+    norm_c: Tensor | None
 
 
-def _layer_weights(
-    weights: Sequence[Tensor], layer: int, directions: int, bias: bool, proj_size: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """w_ih [D, 4H, I], w_hh [D, 4H, H or P], the sum of the biases [D, 4H] and w_hr [D, P, H] of one layer."""
-    count = weights_per_state(bias, proj_size)
-    start = layer * directions * count
-    parts = [weights[start + d * count : start + (d + 1) * count] for d in range(directions)]
+def _layer_weights(weights: Sequence[Tensor], of_layer: slice, sizes: Sizes) -> _LayerWeights:
+    """The weights of the sets `of_layer`, in one tensor for all directions."""
+    count, variant = sizes.weights_per_state, sizes.variant
+    hidden_size = weights[0].shape[0] // variant.gates
+    names = list(sizes.expected(0, hidden_size))
+    sets = [dict(zip(names, weights[at * count : (at + 1) * count])) for at in range(of_layer.start, of_layer.stop)]
 
-    def stack(tensors: list[Tensor]) -> Tensor:
-        return tensors[0].unsqueeze(0) if directions == 1 else torch.stack(tensors)
+    def stack(make: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        tensors = [make(own) for own in sets]
+        return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
-    w_ih, w_hh = stack([part[0] for part in parts]), stack([part[1] for part in parts])
-    biases = stack([part[2] + part[3] for part in parts]) if bias else None
-    return w_ih, w_hh, biases, stack([part[-1] for part in parts]) if proj_size else None
+    def of_gates(name: str) -> Tensor:
+        return stack(lambda own: variant.four_gates(own[name]))
+
+    norm, nothing = variant.layer_norm, torch.zeros_like
+    return _LayerWeights(
+        of_gates("weight_ih"),
+        of_gates("weight_hh"),
+        stack(lambda own: variant.four_gates(own["bias_ih"] + own["bias_hh"])) if sizes.bias else None,
+        stack(lambda own: own["weight_hr"]) if sizes.proj_size else None,
+        stack(lambda own: variant.three_peepholes(own["weight_ch"])) if variant.peephole else None,
+        of_gates("gain_ih") if norm else None,
+        of_gates("gain_hh") if norm else None,
+        stack(lambda own: torch.stack((own["gain_c"], own.get("bias_c", nothing(own["gain_c"]))))) if norm else None,
+    )
 
 
 def _autocast(

@@ -69,14 +69,13 @@ def previous_hidden(
 
 def initial_gradient(
     dgates: Tensor,
-    dh_n: Tensor | None,
     w_hh: Tensor,
     lengths: Tensor | None,
     marks: Tensor | None,
     order: str,
     multiply: Multiply = torch.matmul,
 ) -> Tensor:
-    """dh_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each set's first step."""
+    """What reaches h_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each set's first step."""
     _, batch, sets, gate_size = dgates.shape
     first = dgates.new_empty((sets, batch, gate_size))
     for which, reverse in ways(order):
@@ -88,12 +87,15 @@ def initial_gradient(
         if marks is not None and not reverse:
             found = found.masked_fill(marks[0][:, None, None], 0)
         first[which] = found.transpose(0, 1)
-    dh_0 = multiply(first, w_hh)
-    if lengths is not None:
-        # A row without steps hands its initial state through.
-        through = torch.zeros_like(dh_0) if dh_n is None else dh_n
-        dh_0 = torch.where((lengths == 0).unsqueeze(-1), through, dh_0)
-    return dh_0
+    return multiply(first, w_hh)
+
+
+def unstarted(dh_0: Tensor, dh_n: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The same, where a row without steps hands its initial state through."""
+    if lengths is None:
+        return dh_0
+    through = torch.zeros_like(dh_0) if dh_n is None else dh_n
+    return torch.where((lengths == 0).unsqueeze(-1), through, dh_0)
 
 
 def reset_gradient(
@@ -111,3 +113,29 @@ def reset_gradient(
         fresh = _restart_marks(marks, lengths, reverse).to(dgates.dtype)
         sums[which] = torch.einsum("tb,tbdg->dbg", fresh, dgates[:, :, which])
     return multiply(sums, w_hh)
+
+
+def norm_gates_backward(d: Tensor, z: Tensor, gain: Tensor, coupled: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of `equations.norm_gates(z, gain, coupled)` [rows, D, 4H] -> those of z and of the gain [D, 4H]."""
+    if coupled:
+        d, z, of_gates = _without_forget(d), _without_forget(z), _without_forget(gain)
+    else:
+        of_gates = gain
+    size = [z.shape[-1]]
+    _, mean, rstd = torch.native_layer_norm(z, size, None, None, 1e-5)
+    dnormed = d * of_gates
+    found = torch.ops.aten.native_layer_norm_backward(dnormed, z, size, mean, rstd, None, None, [True, False, False])[0]
+    dgain = (d * ((z - mean) * rstd)).sum(0)
+    return (_with_forget(found), _with_forget(dgain)) if coupled else (found, dgain)
+
+
+def _without_forget(of_gates: Tensor) -> Tensor:
+    """[..., 4H] -> i, g and o, [..., 3H]."""
+    i, _, g, o = of_gates.chunk(4, -1)
+    return torch.cat((i, g, o), -1)
+
+
+def _with_forget(of_gates: Tensor) -> Tensor:
+    """Inverse, with zeros for the forget gate."""
+    i, g, o = of_gates.chunk(3, -1)
+    return torch.cat((i, torch.zeros_like(i), g, o), -1)

@@ -24,6 +24,7 @@ from .routing import (
     slower_reason,
 )
 from .validation import check_recompute
+from .variant import PLAIN, Variant
 
 State = tuple[Tensor, Tensor]
 
@@ -77,6 +78,12 @@ class LSTM(nn.RNNBase):
             `torch.backends.cudnn`, as nn.LSTM does.
         recompute: "none", "gates" or "chunk:K": what training keeps in memory; see `functional.lstm`.
         batch_invariant: a row's results do not depend on its company, at a price; see `functional.lstm`.
+        peephole, layer_norm, zoneout, recurrent_dropout, variational_dropout, weight_dropout, coupled_gates,
+            cell_clip, recurrent_grad_clip: variants of the cell; see `Variant`. Their weights are parameters of that
+            class's names with the suffix of the others, such as weight_ch_l0.
+        forget_bias: what the two biases of the forget gate sum up to at first; None for PyTorch's random ones.
+        learn_initial_state: the state without hx, and that of rows that are reset without reset_state, are the
+            parameters initial_h [L * D, H or P] and initial_c [L * D, H], at first 0.
 
     It is no subclass of nn.LSTM: TorchDynamo refuses to trace those.
     """
@@ -92,6 +99,9 @@ class LSTM(nn.RNNBase):
     precision: str | None = None
     recompute: str = "none"
     batch_invariant: bool = False
+    variant: Variant = PLAIN
+    forget_bias: float | None = None
+    learn_initial_state: bool = False
 
     def __init__(
         self,
@@ -100,19 +110,97 @@ class LSTM(nn.RNNBase):
         precision: str | None = None,
         recompute: str = "none",
         batch_invariant: bool = False,
+        peephole: bool | str = False,
+        layer_norm: bool = False,
+        zoneout: tuple[float, float] = (0.0, 0.0),
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        coupled_gates: bool = False,
+        cell_clip: float | None = None,
+        recurrent_grad_clip: float | None = None,
+        forget_bias: float | None = None,
+        learn_initial_state: bool = False,
         **kwargs: Any,
     ) -> None:
         check_options(backend, precision, recompute)
+        self.variant = Variant(
+            peephole,
+            layer_norm,
+            zoneout,
+            recurrent_dropout,
+            variational_dropout,
+            weight_dropout,
+            coupled_gates,
+            cell_clip,
+            recurrent_grad_clip,
+        )
         self.backend = backend
         self.precision = precision
         self.recompute = recompute
         self.batch_invariant = batch_invariant
+        self.forget_bias = forget_bias
+        self.learn_initial_state = learn_initial_state
         super().__init__("LSTM", *args, **kwargs)
+        self.variant.check(self.proj_size)
+        self._check_start()
+        self._add_weights()
+
+    def _check_start(self) -> None:
+        if not isinstance(self.learn_initial_state, bool):
+            raise TypeError(f"learn_initial_state should be a bool, got: {self.learn_initial_state!r}")
+        if self.forget_bias is None:
+            return
+        if isinstance(self.forget_bias, bool) or not isinstance(self.forget_bias, (int, float)):
+            raise TypeError(f"forget_bias should be a number or None, got: {self.forget_bias!r}")
+        if not self.bias or self.variant.coupled_gates:
+            why = "the module has bias=False" if not self.bias else "coupled gates have no forget gate of their own"
+            raise ValueError(f"forget_bias={self.forget_bias} is not possible: {why}")
+
+    def _add_weights(self) -> None:
+        """The parameters that nn.LSTM does not have, and those of gates in the size that coupled ones have."""
+        like = self._flat_weights[0]
+        assert isinstance(like, Tensor)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(like.new_empty(shape))
+
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        further = self.variant.weights(self.hidden_size, self.bias)
+        for index, names in enumerate(self._all_weights):
+            if self.variant.coupled_gates:
+                for name in names:
+                    own = getattr(self, name)
+                    if own.shape[0] == 4 * self.hidden_size and not name.startswith("weight_hr"):
+                        setattr(self, name, parameter(3 * self.hidden_size, *own.shape[1:]))
+            layer, reverse = divmod(index, states // self.num_layers)
+            for name, shape in further.items():
+                names.append(f"{name}_l{layer}{'_reverse' if reverse else ''}")
+                setattr(self, names[-1], parameter(*shape))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        if self.learn_initial_state:
+            self.initial_h = parameter(states, self.proj_size or self.hidden_size)
+            self.initial_c = parameter(states, self.hidden_size)
+        if self.variant != PLAIN or self.learn_initial_state or self.forget_bias is not None:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values: PyTorch's; gains 1, bias_c and the initial state 0; the forget bias, where it is given."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, tensor in self.named_parameters(recurse=False):
+                if name.startswith("gain_"):
+                    tensor.fill_(1)
+                elif name.startswith(("bias_c_", "initial_")):
+                    tensor.zero_()
+                elif name.startswith(("bias_ih", "bias_hh")) and self.forget_bias is not None:
+                    tensor.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0)
 
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
         weight = self._flat_weights[0]
-        if self.backend == "triton" or not (isinstance(weight, Tensor) and weight.is_cuda):
+        if self.backend == "triton" or self.variant != PLAIN or not (isinstance(weight, Tensor) and weight.is_cuda):
             return
         if possible_refusal(*self._request(weight)):
             super().flatten_parameters()
@@ -125,13 +213,20 @@ class LSTM(nn.RNNBase):
             text += f", precision={self.precision}"
         if self.recompute != "none":
             text += f", recompute={self.recompute}"
-        return text + ", batch_invariant=True" if self.batch_invariant else text
+        if self.batch_invariant:
+            text += ", batch_invariant=True"
+        further: dict[str, Any] = self.variant.asked()
+        if self.forget_bias is not None:
+            further["forget_bias"] = self.forget_bias
+        if self.learn_initial_state:
+            further["learn_initial_state"] = True
+        return text + "".join(f", {name}={value}" for name, value in further.items())
 
     def refusal(self, input: Tensor) -> str:
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
         return kernel_refusal(*self._request(input))
 
-    def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int]:
+    def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int, str]:
         # Not self.weight_ih_l0: to read a parametrized weight is to compute it, drawing its random numbers once more.
         return (
             self.backend,
@@ -141,6 +236,7 @@ class LSTM(nn.RNNBase):
             self.precision or "",
             self.hidden_size,
             2 if self.bidirectional else 1,
+            self.variant.kind(self.training),
         )
 
     def slower(self, input: Tensor, hx: State | None = None) -> str:
@@ -148,8 +244,8 @@ class LSTM(nn.RNNBase):
 
         By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
         """
-        if self.batch_invariant or self.recompute != "none":
-            return ""  # nn.LSTM has neither
+        if self.batch_invariant or self.recompute != "none" or self._request(input)[-1] != "plain":
+            return ""  # nn.LSTM has none of these
         if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
@@ -184,8 +280,8 @@ class LSTM(nn.RNNBase):
             input: [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size]
                 unbatched, a PackedSequence, or with batch_first a nested tensor of jagged layout,
                 [B, any length, input_size].
-            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), zeros if None, of any floating types;
-                without the batch dimension for unbatched input.
+            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), of any floating types; without the batch dimension
+                for unbatched input. If None zeros, or the learned initial state.
             lengths, reset, reset_state: see `functional.lstm`; for batched tensors only.
             return_states: any of "c", "layers", "gates": see `functional.States`.
 
@@ -197,12 +293,17 @@ class LSTM(nn.RNNBase):
         compiling = torch.compiler.is_compiling()
         traced = compiling and not torch.compiler.is_exporting()
         unmarked = lengths is None and reset is None and reset_state is None
+        if self.learn_initial_state:
+            hx = self._learned(input, hx)
+            reset_state = self._initial() if reset is not None and reset_state is None else reset_state
         if isinstance(input, Tensor) and input.is_nested:
             if not unmarked:
                 raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
             return self._forward_nested(input, hx, return_states)
         frugal = self.recompute != "none" and torch.is_grad_enabled()
         plain = unmarked and not return_states and not frugal and not self.batch_invariant
+        plain = plain and self.variant.kind(self.training) == "plain"
+        plain = plain and not (self.training and self.variant.weight_dropout)
         if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
             hx = of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
@@ -217,6 +318,21 @@ class LSTM(nn.RNNBase):
         if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
             return self._by_cudnn(input, of_type(hx, input.dtype))  # type: ignore[arg-type,union-attr]
         return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
+
+    def _initial(self) -> State:
+        return self.initial_h, self.initial_c
+
+    def _learned(self, input: Tensor | PackedSequence, hx: State | None) -> State | None:
+        """hx, in place of None the learned initial state for every row."""
+        if hx is not None:
+            return hx
+        if isinstance(input, PackedSequence):
+            batch = int(input.batch_sizes[0])
+        elif input.dim() == 2 and not input.is_nested:
+            return self._initial()
+        else:
+            batch = input.shape[0 if self.batch_first else 1]
+        return tuple(tensor.unsqueeze(1).expand(-1, batch, -1) for tensor in self._initial())  # type: ignore[return-value]
 
     def _forward_padded(
         self,
@@ -307,6 +423,7 @@ class LSTM(nn.RNNBase):
             return_states=return_states,
             recompute=self.recompute,
             batch_invariant=self.batch_invariant,
+            variant=self.variant,
             backend=self.backend,
             precision=self.precision or "",
         )

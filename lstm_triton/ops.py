@@ -9,15 +9,18 @@ Shapes, with [S] = [T, B], or [B, T] with batch_first, and D sets of weights: th
 (of each member of an ensemble in turn):
 x [S, I], or [S, E, I] with inputs of their own for E members; w_ih [D, 4H, I]; w_hh [D, 4H, H]; bias
 [D, 4H] or None; h_0, c_0, reset_h, reset_c [D, B, H] or None (zeros); lengths [B] integer or None; reset
-[S] bool or None -> out [S, D * H], h_n, c_n [D, B, H], and two tensors for `keep`. c_0 may have any
-floating type. The meaning of lengths and reset is `reference.py`'s. bidirectional: every second set of
-weights runs in reverse.
+[S] bool or None; the weights of the cell's variants, each or None: peephole [D, 3, H] and, all or none of
+them, gain_ih and gain_hh [D, 4H] and norm_c [D, 2, H]; seed [D] int64 of their masks, or None
+-> out [S, D * H], h_n, c_n [D, B, H], and three tensors for `keep`. c_0 may have any floating type. The
+meaning of lengths and reset is `reference.py`'s, that of the variants `equations.py`'s. bidirectional:
+every second set of weights runs in reverse.
 
-keep: what the last two outputs hold for the backward pass.
+keep: what the last three outputs hold for the backward pass.
     "all": activated gates [T * B, D, 4H] and cells [T * B, D, H], both differentiable;
     "cells": nothing and cells [T * B, D, H]: the gates are computed again, by GEMMs over the sequence;
     "chunk:K": h and c (the latter in fp32) entering each window of K steps, [windows, D, B, H];
-    "nothing": two empty tensors; there is no backward pass.
+    "nothing": empty tensors; there is no backward pass.
+    The third is empty, but with layer normalisation has its moments [T * B, D, 4] for "all" and "cells".
 
 batch_invariant: the same configs and the same order of sums for every batch; c_n then comes in fp32 for
 16-bit types, so that a sequence can be cut anywhere.
@@ -31,8 +34,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import adjoint, reference, windows
 from . import layer as layers
-from . import reference, windows
+from .kernels.config import PLAIN_CELL, Cell
 from .kernels.launch import compute_dtype
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
@@ -50,9 +54,18 @@ def window_size(keep: str) -> int:
     return int(size or 0)
 
 
-def _options(batch_first: bool, bidirectional: bool, batch_invariant: bool, precision: str, plan: str) -> Options:
+TENSORS = len(Inputs._fields)
+
+
+def cell_of(text: str) -> Cell:
+    return Cell.decode(text) if text else PLAIN_CELL
+
+
+def _options(
+    batch_first: bool, bidirectional: bool, batch_invariant: bool, precision: str, plan: str, cell: str
+) -> Options:
     order = "both" if bidirectional else "forward"
-    return Options(batch_first, order, batch_invariant, resolve_precision(precision), plan)
+    return Options(batch_first, order, batch_invariant, resolve_precision(precision), plan, cell_of(cell))
 
 
 def _c_dtype(x: Tensor, batch_invariant: bool) -> torch.dtype:
@@ -60,13 +73,13 @@ def _c_dtype(x: Tensor, batch_invariant: bool) -> torch.dtype:
 
 
 def without_kernels(
-    v: Inputs, batch_first: bool, bidirectional: bool, training: bool = False
+    v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell = PLAIN_CELL, training: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer by aten, or step by step where aten lacks something; as cuDNN has it, only `training` has a gradient."""
     directions = 2 if bidirectional else 1
-    marked = v.lengths is not None or v.reset is not None
-    if marked or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
-        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional)
+    marked = v.lengths is not None or v.reset is not None or v.peephole is not None or v.gain_ih is not None
+    if marked or cell != PLAIN_CELL or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
+        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
         return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
     batch = v.x.shape[0] if batch_first else v.x.shape[1]
     zeros = v.x.new_zeros((directions, batch, v.w_hh.shape[2]))
@@ -91,47 +104,50 @@ def layer(
     reset: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    peephole: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    norm_c: Tensor | None,
+    seed: Tensor | None,
     batch_first: bool,
     bidirectional: bool,
     keep: str,
     batch_invariant: bool,
     precision: str,
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, h_n, c_n and what `keep` says; see the module's docstring."""
-    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c)
-    options = _options(batch_first, bidirectional, batch_invariant, precision, plan)
+    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
+    options = _options(batch_first, bidirectional, batch_invariant, precision, plan, cell)
     c_dtype, nothing = _c_dtype(x, batch_invariant), x.new_empty(0)
     size = window_size(keep)
     reason = layers.refusal(v, options)
     if reason and (keep != "nothing" or batch_invariant or plan):
         raise RuntimeError(f"lstm_triton: {reason}")
+    empty = (nothing, nothing.clone(), nothing.clone())
     if reason:
-        return (*without_kernels(v, batch_first, bidirectional), nothing, nothing.clone())
+        return (*without_kernels(v, batch_first, bidirectional, options.cell), *empty)
     if size:
         out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
         assert at_h is not None
         assert at_c is not None
-        return out, h_n, c_n, at_h, at_c
+        return out, h_n, c_n, at_h, at_c, nothing
     if keep == "nothing":
         size = windows.size_without_gradient(x, w_hh, batch_first)
         if size < options.layout(x).seq_len:
             out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
-            return out, h_n, c_n, nothing, nothing.clone()
-    out, h_n, c_n, gates, cells = layers.forward(v, options, keep != "nothing", c_dtype)
-    return (
-        out,
-        h_n,
-        c_n,
-        nothing if gates is None or keep != "all" else gates,
-        nothing.clone() if cells is None else cells,
-    )
+            return out, h_n, c_n, *empty
+    out, h_n, c_n, gates, cells, stats = layers.forward(v, options, keep != "nothing", c_dtype)
+    kept = gates if keep == "all" else None, cells, stats
+    return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
 
 @layer.register_fake
 def _(
-    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c,
-    batch_first, bidirectional, keep, batch_invariant, precision, plan,
+    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, peephole, gain_ih, gain_hh, norm_c, seed,
+    batch_first, bidirectional, keep, batch_invariant, precision, plan, cell,
 ):  # fmt: skip
     (sets, gate_size, hidden_size), (first, second) = w_hh.shape, x.shape[:2]
     batch, seq_len = (first, second) if batch_first else (second, first)
@@ -141,9 +157,14 @@ def _(
     size = window_size(keep)
     if size:
         border = (windows.count(seq_len, size), *state)
-        return out, h_n, c_n, x.new_empty(border), x.new_empty(border, dtype=compute_dtype(x.dtype))
-    gates = x.new_empty((first * second, sets, gate_size) if keep == "all" else 0)
-    return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (first * second, sets, hidden_size))
+        at_h, at_c = x.new_empty(border), x.new_empty(border, dtype=compute_dtype(x.dtype))
+        return out, h_n, c_n, at_h, at_c, x.new_empty(0)
+    rows = (first * second, sets)
+    gates = x.new_empty((*rows, gate_size) if keep == "all" else 0)
+    stats = x.new_empty(0)
+    if gain_hh is not None and keep != "nothing":
+        stats = x.new_empty((*rows, 4), dtype=compute_dtype(x.dtype))
+    return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (*rows, hidden_size)), stats
 
 
 @torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
@@ -163,73 +184,81 @@ def layer_backward(
     reset: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    peephole: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    norm_c: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     kept_1: Tensor,
     kept_2: Tensor,
+    kept_3: Tensor,
     batch_first: bool,
     bidirectional: bool,
     keep: str,
     batch_invariant: bool,
     precision: str,
     plan: str,
+    cell: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted ones of the gradients of `layer.DIFFERENTIABLE`, in that order and in the types of their inputs."""
-    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c)
-    options = _options(batch_first, bidirectional, batch_invariant, precision, plan)
+    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
+    options = _options(batch_first, bidirectional, batch_invariant, precision, plan, cell)
     given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
     size = window_size(keep)
     if size:
         found = windows.backward(v, options, size, kept_1, kept_2, given, asked)
     else:
-        gates = layers.recomputed_gates(v, options, out) if keep == "cells" else kept_1
-        found = layers.backward(v, options, out, gates, kept_2, given, asked)
+        gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
+        found = adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
 @layer_backward.register_fake
-def _(dout, dh_n, dc_n, dgates, dcells, x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *rest):
-    inputs = (x, w_ih, w_hh, bias, h_0, c_0, reset_h, reset_c)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, want in zip(inputs, rest[-1]) if want]
+def _(dout, dh_n, dc_n, dgates, dcells, *rest):
+    v, asked = Inputs(*rest[:TENSORS]), zip(DIFFERENTIABLE, rest[-1])
+    return [torch.empty_like(getattr(v, n), memory_format=torch.contiguous_format) for n, want in asked if want]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    out, _, _, kept_1, kept_2 = output
-    *tensors, batch_first, bidirectional, keep, batch_invariant, precision, plan = inputs
+    out, _, _, *kept = output
+    tensors, options = inputs[:TENSORS], inputs[TENSORS:]
     ctx.set_materialize_grads(False)
-    if keep == "cells":
-        ctx.mark_non_differentiable(kept_1)  # nothing
-    elif keep != "all":
-        ctx.mark_non_differentiable(kept_1, kept_2)
-    ctx.save_for_backward(*tensors, out, kept_1, kept_2)
-    ctx.options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
+    differentiable = {"all": 2, "cells": 2}.get(options[2], 0)
+    constant = kept[differentiable:] if options[2] != "cells" else [kept[0], kept[2]]  # that first one is empty
+    ctx.mark_non_differentiable(*constant)
+    ctx.save_for_backward(*tensors, out, *kept)
+    ctx.options = options
 
 
 def _backward(ctx, *cotangents):
     keep = ctx.options[2]
     if keep == "nothing":
         raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
-    # One flag for each of the inputs x, w_ih, w_hh, bias, h_0, c_0 and reset_h, reset_c.
-    wanted = [*ctx.needs_input_grad[:6], *ctx.needs_input_grad[8:10]]
+    needed = dict(zip(Inputs._fields, ctx.needs_input_grad))
+    wanted = [needed[name] for name in DIFFERENTIABLE]
+    *cotangents, _ = cotangents  # that of the moments, which are constants
     if all(cotangent is None for cotangent in cotangents):
-        return (None,) * 16
+        return (None,) * len(ctx.needs_input_grad)
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        found = _with_a_graph(list(cotangents), Inputs(*saved[:10]), ctx.options[0], ctx.options[1], wanted)
+        found = _with_a_graph(cotangents, Inputs(*saved[:TENSORS]), *ctx.options[:2], ctx.options[-1], wanted)
     else:
         found = layer_backward(*cotangents, *saved, *ctx.options, wanted)
-    grads = iter(found)
-    of_inputs = [next(grads) if want else None for want in wanted]
-    return (*of_inputs[:6], None, None, *of_inputs[6:], *(None,) * 6)
+    grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
+    return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
 
 
 def _with_a_graph(
-    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, wanted: list[bool]
+    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: str, wanted: list[bool]
 ) -> list[Tensor]:
     """The wanted gradients as functions that autograd can differentiate again: step by step."""
     if v.x.is_cuda:
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
-    results = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional)
+    options = {"batch_first": batch_first, "bidirectional": bidirectional, "cell": cell_of(cell)}
+    results = reference.ensemble_forward(*v, **options)
     inputs = [getattr(v, name) for name in DIFFERENTIABLE]
     pairs = [(result, given) for result, given in zip(results, cotangents) if given is not None]
     targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]

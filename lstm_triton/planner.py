@@ -22,6 +22,7 @@ from .problem import ELEMENT_SIZE, Problem, bucket_of, bucket_of_batch, ceil_div
 from .tuning.table import NO_TABLE, Table
 
 LARGEST_HIDDEN_SIZE = 16_384  # offsets inside W_hh [4H, H] are 32-bit
+LARGEST_TILE = 128  # units of one program that waits for nobody
 SINGLE_BATCH = 64  # rows of the largest batch whose single step is one launch; not measured yet
 
 
@@ -76,6 +77,10 @@ def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
     tuned = None if entry is None else placed(entry.config, problem, device)
     if tuned in found:
         return Plan(tuned, table.name)
+    if not found and problem.norm and not device.cooperative:
+        return NoPlan(
+            f"layer normalisation spans programs from H = {LARGEST_TILE + 1} on, and then needs a cooperative launch"
+        )
     if not found and device.is_amd:
         return NoPlan(
             f"on {device.name} the kernels run only where W_hh fits one program: Triton's AMD backend drops the "
@@ -125,7 +130,8 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     for config in _tiles(problem, (4, 8) if device.is_nvidia else (4,)):
         if not fits(config, problem, device):
             continue  # then neither does it when it waits
-        yield config
+        if not problem.norm or config.block_h >= problem.hidden_size:
+            yield config
         for protocol in ("mailbox", "flags"):
             whole = placed(replace(config, placement="grid", protocol=protocol), problem, device)
             if whole is not None and fits(whole, problem, device):

@@ -28,6 +28,7 @@ class Problem:
     directions: int
     dtype: str
     precision: str
+    norm: bool = False  # layer normalisation: programs share sums within a step
 
     @property
     def element_size(self) -> int:

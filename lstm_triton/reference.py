@@ -1,12 +1,8 @@
 """The specification: one LSTM layer in plain PyTorch, forward and a hand-written backward.
 
-Any floating type, any device, every feature that the kernels carry, no speed. The maths of
-Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000), in PyTorch's gate
-order i, f, g, o:
+Any floating type, any device, every feature that the kernels carry, no speed. `equations.py` has the cell, and
 
     a_t = x_t W_ih^T + h_{t-1} W_hh^T + bias
-    i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
-    c_t = f * c_{t-1} + i * g;         h_t = o * tanh(c_t)
 
 Shapes: x [T, B, I] (or [B, T, I]), w_ih [D, 4H, I], w_hh [D, 4H, H], bias [D, 4H] or None, states
 [D, B, H], out [T, B, D * H]. Direction 1 runs from each row's last step to its first.
@@ -25,6 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import philox
+from .equations import PLAIN, Variants, cell_backward, cell_forward, norm_gates
+from .kernels.config import Cell
 
 State = tuple[Tensor, Tensor]
 
@@ -56,23 +56,6 @@ class Gradients(NamedTuple):
     c_0: Tensor
     reset_h: Tensor
     reset_c: Tensor
-
-
-def cell_forward(a: Tensor, c_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pre-activations a [..., 4, H] and c_{t-1} -> activated gates [..., 4, H], c_t, h_t."""
-    i, f, g, o = a.unbind(-2)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * c_prev + i * g
-    return torch.stack((i, f, g, o), dim=-2), c, o * c.tanh()
-
-
-def cell_backward(gates: Tensor, c: Tensor, c_prev: Tensor, dh: Tensor, dc: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of h_t, c_t -> those of the pre-activations [..., 4, H] and of c_{t-1}."""
-    i, f, g, o = gates.unbind(-2)
-    tanh_c = c.tanh()
-    dc = dc + dh * o * (1 - tanh_c**2)
-    da = (dc * g * i * (1 - i), dc * c_prev * f * (1 - f), dc * i * (1 - g**2), dh * tanh_c * o * (1 - o))
-    return torch.stack(da, dim=-2), dc * f
 
 
 def _schedule(
@@ -132,6 +115,7 @@ def layer_forward(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reset_state: State | None = None,
+    variants: Variants = PLAIN,
     loop: Callable[..., Any] = _loop,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """One layer -> out, h_n, c_n and what `layer_backward` reads. Differentiable by autograd too.
@@ -147,20 +131,35 @@ def layer_forward(
     row, way = torch.arange(batch, device=x.device), torch.arange(directions, device=x.device).unsqueeze(-1)
     if lengths is not None:
         x = x.masked_fill(~active.unsqueeze(-1), 0)  # active by step is active by time, in both directions
+    cell, seed = variants.cell, variants.seed if variants.cell.sampled else None
+    if cell.variational_x and seed is not None:
+        x = x * philox.sequence_mask(seed[:1], batch, x.shape[-1], philox.INPUT, cell.variational_x, x.dtype)[0]
     projected = x @ w_ih.flatten(0, 1).t()
+    if variants.gain_ih is not None:
+        by_set = projected.unflatten(-1, (directions, -1))
+        projected = norm_gates(by_set, variants.gain_ih, cell.coupled).flatten(-2)
     if bias is not None:
         projected = projected + bias.flatten()
     by_step = projected.unflatten(-1, (directions, -1))[time, row, way]  # [T, D, B, 4H]
+    h_mask = None
+    if cell.variational_h and seed is not None:
+        h_mask = philox.sequence_mask(seed, batch, hidden_size, philox.RECURRENT, cell.variational_h, x.dtype)
+    per_step = cell.zoneout_h or cell.zoneout_c or cell.recurrent_dropout
+    bits = list(philox.step_bits(seed, time, hidden_size)) if per_step and seed is not None else []
 
     def step(carry: Sequence[Tensor], of_step: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        (h, c), (projected, new, live) = carry, of_step
-        a = projected + torch.where(new, reset_h, h) @ w_hh.transpose(1, 2)
-        gates, c_new, h_new = cell_forward(a.unflatten(-1, (4, hidden_size)), torch.where(new, reset_c, c))
+        (h, c), (projected, new, live, *drawn) = carry, of_step
+        h_prev, c_prev = torch.where(new, reset_h, h), torch.where(new, reset_c, c)
+        product = (h_prev if h_mask is None else h_prev * h_mask) @ w_hh.transpose(1, 2)
+        if variants.gain_hh is not None:
+            product = norm_gates(product, variants.gain_hh.unsqueeze(1), cell.coupled)
+        a = (projected + product).unflatten(-1, (4, hidden_size))
+        gates, c_new, h_new = cell_forward(a, c_prev, h_prev, variants, tuple(drawn) or None)  # type: ignore[arg-type]
         h, c = torch.where(live, h_new, h), torch.where(live, c_new, c)
         return [h, c], [torch.where(live, h_new, 0), gates, c.clone()]
 
     start = list(_state(state, x, directions, batch, hidden_size))
-    (h, c), (out, gates, cells) = loop(step, start, [by_step, fresh, active.unsqueeze(-1)])
+    (h, c), (out, gates, cells) = loop(step, start, [by_step, fresh, active.unsqueeze(-1), *bits])
     saved = Saved(gates, cells, time)
     out = saved.ordered(out, batch_first).flatten(2)
     return out, h, c, saved
@@ -177,13 +176,20 @@ def ensemble_forward(
     reset: Tensor | None,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    peephole: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    norm_c: Tensor | None,
+    seed: Tensor | None,
     *,
     batch_first: bool,
     bidirectional: bool,
+    cell: Cell,
     loop: Callable[..., Any] = _loop,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `ops.layer` gives for keep="all": `layer_forward` for one member after another."""
     directions = 2 if bidirectional else 1
+    variants = Variants(cell, peephole, gain_ih, gain_hh, norm_c, seed)
     members = []
     for index in range(w_ih.shape[0] // directions):
         own = slice(index * directions, (index + 1) * directions)
@@ -202,6 +208,7 @@ def ensemble_forward(
             lengths=lengths,
             reset=reset,
             reset_state=pairs[1],
+            variants=variants.part(own),
             loop=loop,
         )
         gates, cells = (tensor.flatten(0, 1) for tensor in saved.by_time(batch_first))
@@ -226,7 +233,7 @@ def layer_backward(
     reset: Tensor | None = None,
     reset_state: State | None = None,
 ) -> Gradients:
-    """All gradients of one layer, in the order and with the hoisting that the kernels use."""
+    """All gradients of one layer of the plain cell, in the order and with the hoisting that the kernels use."""
     if batch_first:
         x, out, dout = x.transpose(0, 1), out.transpose(0, 1), dout.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)

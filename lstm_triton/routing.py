@@ -40,6 +40,7 @@ class Request(NamedTuple):
     precision: str
     hidden_size: int
     directions: int
+    kind: str = "plain"  # of the cell: or "variant", "norm" with layer normalisation among its variants
 
 
 def kernel_device(device: torch.device) -> Device | NoPlan:
@@ -77,13 +78,14 @@ def kernel_refusal(
     precision: str,
     hidden_size: int,
     directions: int,
+    kind: str = "plain",
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
     if backend == "auto" and torch.compiler.is_exporting():
         return ""  # the operator goes into the program, and runs in plain PyTorch where it must
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
-    reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions)
+    reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions, kind)
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if reason and device_type == "cuda":
@@ -99,13 +101,14 @@ def possible_refusal(
     precision: str,
     hidden_size: int,
     directions: int,
+    kind: str = "plain",
 ) -> str:
     """The same as a question: nothing is raised or logged."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     return (
         _refusal(
             device,
-            Request(backend, dtype, resolve_precision(precision), hidden_size, directions),
+            Request(backend, dtype, resolve_precision(precision), hidden_size, directions, kind),
             COOPERATIVE.read(),  # for the cache: it is part of what `kernel_device` gives
         )
         or _transform()
@@ -171,11 +174,12 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
         return none.reason
     assert isinstance(target, Device)
     for which in PASSES:
-        problem = Problem(which, request.hidden_size, 16, request.directions, request.dtype, request.precision)
+        sizes = request.hidden_size, 16, request.directions
+        problem = Problem(which, *sizes, request.dtype, request.precision, request.kind == "norm")
         chosen = plan_for(problem, target)
         if isinstance(chosen, NoPlan):
             return chosen.reason
-        if request.backend == "auto" and chosen.config.placement == "stepwise":
+        if request.backend == "auto" and request.kind == "plain" and chosen.config.placement == "stepwise":
             return (
                 f"the {which} pass would need one launch a step on {target.name}, which PyTorch's own LSTM does better"
             )

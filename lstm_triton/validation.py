@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .variant import Variant
+
 State = tuple[Tensor, Tensor]
+
+
+class Sizes(NamedTuple):
+    """What the number and the shapes of the weights follow from. states: layers times directions."""
+
+    states: int
+    directions: int
+    proj_size: int
+    bias: bool
+    variant: Variant
+
+    @property
+    def weights_per_state(self) -> int:
+        """How many weights one layer has in one direction."""
+        return len(self.expected(0, 0))
+
+    def expected(self, inputs: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of these, in order."""
+        gates, out_size = self.variant.gates * hidden_size, self.proj_size or hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs), "weight_hh": (gates, out_size)}
+        if self.bias:
+            shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, hidden_size)
+        return shapes | self.variant.weights(hidden_size, self.bias)
 
 
 def reset_state_of(
@@ -38,10 +66,7 @@ def check_call(
     input: Tensor,
     hx: State | None,
     weights: Sequence[Tensor],
-    states: int,
-    directions: int,
-    proj_size: int,
-    bias: bool,
+    sizes: Sizes,
     batch_first: bool,
     lengths: Tensor | None,
     reset: Tensor | None,
@@ -49,18 +74,18 @@ def check_call(
     """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-    count = weights_per_state(bias, proj_size)
+    states, count, proj_size = sizes.states, sizes.weights_per_state, sizes.proj_size
     if states < 1 or len(weights) != states * count:
         raise RuntimeError(f"expected {states * count} weights of at least one layer, got {len(weights)}")
     batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
     if seq_len == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size = weights[0].shape[0] // 4
+    hidden_size = weights[0].shape[0] // sizes.variant.gates
     if weights[0].shape[-1] != input.shape[2]:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {input.shape[2]}"
         )
-    _check_weights(weights, hidden_size, proj_size, directions, bias)
+    _check_weights(weights, hidden_size, sizes)
     for name, tensor, size in zip(("h_0", "c_0"), hx or (), (proj_size or hidden_size, hidden_size)):
         if tuple(tensor.shape) != (states, batch, size):
             raise RuntimeError(f"Expected {name} size {(states, batch, size)}, got {list(tensor.shape)}")
@@ -107,21 +132,13 @@ def check_states(return_states: Sequence[str], recompute: str) -> None:
             raise ValueError(f"return_states={name!r} needs what recompute={recompute!r} does not keep")
 
 
-def weights_per_state(bias: bool, proj_size: int) -> int:
-    """How many weights one layer has in one direction."""
-    return (4 if bias else 2) + (proj_size > 0)
-
-
-def _check_weights(weights: Sequence[Tensor], hidden_size: int, proj_size: int, directions: int, bias: bool) -> None:
+def _check_weights(weights: Sequence[Tensor], hidden_size: int, sizes: Sizes) -> None:
     """The kernels index into weights by these shapes."""
-    gates, count, out_size = 4 * hidden_size, weights_per_state(bias, proj_size), proj_size or hidden_size
+    count = sizes.weights_per_state
     for index in range(0, len(weights), count):
-        inputs = weights[0].shape[-1] if index < directions * count else directions * out_size
-        expected: dict[str, tuple[int, ...]] = {"weight_ih": (gates, inputs), "weight_hh": (gates, out_size)}
-        if bias:
-            expected |= {"bias_ih": (gates,), "bias_hh": (gates,)}
-        if proj_size:
-            expected["weight_hr"] = (proj_size, hidden_size)
+        first = index < sizes.directions * count
+        inputs = weights[0].shape[-1] if first else sizes.directions * (sizes.proj_size or hidden_size)
+        expected = sizes.expected(inputs, hidden_size)
         for (name, shape), tensor in zip(expected.items(), weights[index : index + count]):
             if tuple(tensor.shape) != shape:
                 raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(tensor.shape)}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layer
+from . import adjoint, layer
 from .hoisted import ways
 from .kernels.launch import compute_dtype
 from .layer import Cotangents, Inputs, Options
@@ -83,7 +83,7 @@ def forward(
         at_h = v.x.new_empty((count(layout.seq_len, size), *h_n.shape))
         at_c = torch.empty_like(at_h, dtype=compute)
     for which, reverse in ways(options.order):
-        one_way = replace(options, order="reverse" if reverse else "forward")
+        order = "reverse" if reverse else "forward"
         h = torch.zeros_like(h_n[which]) if v.h_0 is None else v.h_0[which]
         c = torch.zeros_like(h, dtype=compute) if v.c_0 is None else v.c_0[which].to(compute)
         for index, start, end in _windows(layout.seq_len, size, reverse):
@@ -94,7 +94,8 @@ def forward(
                 c = torch.where(fresh, 0.0 if window.reset_c is None else window.reset_c.to(compute), c)
             if at_h is not None and at_c is not None:
                 at_h[index, which], at_c[index, which] = h, c
-            part, h, c, _, _ = layer.forward(window._replace(h_0=h, c_0=c), one_way, False, compute)
+            one_way = replace(options, order=order, time_begin=start)
+            part, h, c, *_ = layer.forward(window._replace(h_0=h, c_0=c), one_way, False, compute)
             out.narrow(time, start, end - start)[:, :, which] = part.unflatten(-1, (-1, hidden))
         h_n[which], c_n[which] = h, c
     return torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], sets * hidden]), h_n, c_n, at_h, at_c
@@ -113,19 +114,20 @@ def backward(
         if name in layer.DIFFERENTIABLE and wanted[name] and tensor is not None
     }
     for which, reverse in ways(options.order):
-        one_way = replace(options, order="reverse" if reverse else "forward")
+        order = "reverse" if reverse else "forward"
         dh = None if given.h_n is None else given.h_n[which]
         dc = None if given.c_n is None else given.c_n[which]
         for index, start, end in reversed(list(_windows(seq_len, size, reverse))):
             window = _restrict(v, options, start, end, which)._replace(h_0=at_h[index, which], c_0=at_c[index, which])
-            out, _, _, gates, cells = layer.forward(window, one_way, True)
+            one_way = replace(options, order=order, time_begin=start)
+            out, _, _, gates, cells, stats = layer.forward(window, one_way, True)
             assert gates is not None
             assert cells is not None
             dout = given.out
             if dout is not None:
                 dout = dout.unflatten(-1, (sets, hidden)).narrow(time, start, end - start)[:, :, which].flatten(2)
             asked = {**wanted, "h_0": True, "c_0": True}
-            parts = layer.backward(window, one_way, out, gates, cells, Cotangents(dout, dh, dc), asked)
+            parts = adjoint.backward(window, one_way, out, gates, cells, stats, Cotangents(dout, dh, dc), asked)
             dh, dc = parts.pop("h_0"), parts.pop("c_0")
             assert dh is not None
             assert dc is not None
@@ -135,7 +137,7 @@ def backward(
                     if name in sums:
                         sums[name][which] += torch.where(fresh, grad, 0)
                 dh, dc = torch.where(fresh, 0, dh), torch.where(fresh, 0, dc)
-            del out, gates, cells  # before the next window has its own
+            del out, gates, cells, stats  # before the next window has its own
             for name, part in parts.items():
                 total = sums[name].narrow(time, start, end - start) if name == "x" else sums[name][which]
                 total += part

@@ -32,8 +32,8 @@ def recurrences(protocol: str, seed: int):
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         gates = projected.clone()
-        out, _, _, cells = lstm_forward(gates, w_hh, None, layout, forward, "tf32", True)
-        dgates, _, _ = lstm_backward(dout, None, None, gates, cells, w_hh, None, layout, backward, "tf32")
+        out, _, _, cells, _ = lstm_forward(gates, w_hh, None, layout, forward, "tf32", True)
+        dgates = lstm_backward(dout, None, None, gates, cells, w_hh, None, layout, backward, "tf32").dgates
         return out, dgates
 
     return call

@@ -13,14 +13,16 @@ from functools import lru_cache
 
 import torch
 from lstm_triton.kernels.backward import lstm_backward
-from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config, Layout
 from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 
 from lstm_triton import reference
+from lstm_triton.equations import Variants
+from lstm_triton.layer import DIFFERENTIABLE as INPUTS
+from lstm_triton.layer import WEIGHTS, Inputs
 
 DRAWS = 16
-INPUTS = ("x", "w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c")
 OUTPUTS = ("out", "h_n", "c_n")
 
 
@@ -38,6 +40,9 @@ class Case:
     state: bool = True
     lengths: bool = False
     reset: bool = False
+    cell: Cell = PLAIN_CELL
+    peephole: bool = False
+    norm: bool = False
     seed: int = 0
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -61,6 +66,11 @@ class Case:
             "reset_c": draw(*state) if self.reset else None,
             "lengths": None,
             "reset": None,
+            "peephole": draw(self.directions, 3, hidden) if self.peephole else None,
+            "gain_ih": 1 + draw(self.directions, gates, scale=0.25) if self.norm else None,
+            "gain_hh": 1 + draw(self.directions, gates, scale=0.25) if self.norm else None,
+            "norm_c": draw(self.directions, 2, hidden) if self.norm else None,
+            "seed": torch.arange(self.directions) + 2**40 * self.seed + 1 if self.cell.draws else None,
         }
         if self.lengths:
             given["lengths"] = torch.randint(0, self.seq_len + 1, (self.batch,), generator=generator)
@@ -87,6 +97,7 @@ def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         lengths=given["lengths"],
         reset=given["reset"],
         reset_state=(v["reset_h"], v["reset_c"]) if case.reset else None,
+        variants=Variants(case.cell, *(v[name] for name in WEIGHTS), given["seed"]),
     )
     cotangents = [given[f"d{name}"].to(dtype) for name in OUTPUTS]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
@@ -94,25 +105,22 @@ def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return results | {f"d{name}": grad for name, grad in zip(leaves, grads)}
 
 
+def arguments(
+    case: Case, leaves: dict[str, Tensor], keep: str = "all", precision: str = "ieee", plan: str = ""
+) -> tuple:
+    """Of the operator, the differentiable ones being the leaves."""
+    given = case.tensors()
+    tensors = Inputs(**{name: leaves[name] if name in leaves else given[name] for name in Inputs._fields})
+    cell = "" if case.cell == PLAIN_CELL else case.cell.encode()
+    return (*tensors, case.batch_first, case.directions == 2, keep, False, precision, plan, cell)
+
+
 def by_kernels(case: Case, forward: Config, backward: Config, precision: str = "ieee") -> dict[str, Tensor]:
     """The same by the operators, with these configs."""
     given = case.tensors()
     leaves = {name: given[name].to(case.dtype).requires_grad_() for name in INPUTS if given[name] is not None}
-    v = {name: leaves.get(name) for name in INPUTS}
     plan = f"{forward.encode()}|{backward.encode()}"
-    outputs = torch.ops.lstm_triton.layer(
-        *(v[name] for name in INPUTS[:6]),
-        given["lengths"],
-        given["reset"],
-        v["reset_h"],
-        v["reset_c"],
-        case.batch_first,
-        case.directions == 2,
-        "all",
-        False,
-        precision,
-        plan,
-    )[:3]
+    outputs = torch.ops.lstm_triton.layer(*arguments(case, leaves, "all", precision, plan))[:3]
     cotangents = [given[f"d{name}"].to(case.dtype) for name in OUTPUTS]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     results = dict(zip(OUTPUTS, (output.detach() for output in outputs)))
@@ -158,11 +166,11 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
     reset = None if given["reset"] is None else given["reset"].reshape(-1)
     state = (given["h_0"], given["c_0"]) if case.state else None
     reset_state = (given["reset_h"], given["reset_c"]) if case.reset else None
-    out, h_n, c_n, cells = run_forward(
+    out, h_n, c_n, cells, _ = run_forward(
         gates, given["w_hh"], state, layout, config, "ieee", True, lengths, reset, reset_state
     )
-    dgates, dc_0, _ = run_backward(
+    found = run_backward(
         given["dout"], given["dh_n"], given["dc_n"], gates, cells, given["w_hh"], given["c_0"],
         layout, config, "ieee", lengths, reset, given["reset_c"],
     )  # fmt: skip
-    return [out, h_n, c_n, dgates, dc_0]
+    return [out, h_n, c_n, found.dgates, found.dc_0]

@@ -110,12 +110,12 @@ def test_the_operator_without_kernels_has_no_backward(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(layer, "kernel_device", lambda device: NoPlan("there is no GPU"))
     x, weights = torch.randn(3, 2, 4), (torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20))
-    nothing = (None,) * 6
-    options = (False, False, "nothing", False, "ieee", "")
-    out, h_n, _, _, _ = torch.ops.lstm_triton.layer(x, *weights, *nothing, *options)
+    nothing = (None,) * 11
+    options = (False, False, "nothing", False, "ieee", "", "")
+    out, h_n, *_ = torch.ops.lstm_triton.layer(x, *weights, *nothing, *options)
     torch.testing.assert_close(out[-1], h_n[0])
     with pytest.raises(RuntimeError, match="there is no GPU"):
-        torch.ops.lstm_triton.layer(x, *weights, *nothing, False, False, "all", False, "ieee", "")
+        torch.ops.lstm_triton.layer(x, *weights, *nothing, False, False, "all", False, "ieee", "", "")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, and there is none")

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import INPUTS, OUTPUTS, Case, assert_as_good_as_torch
+from layers import INPUTS, OUTPUTS, Case, arguments, assert_as_good_as_torch
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lstm_triton import LSTM, layer, ops, windows
+from lstm_triton import LSTM, adjoint, layer, ops, windows
 
 MODES = ["none", "gates", "chunk:1", "chunk:3", "chunk:100"]
 KEEP = {"none": "all", "gates": "cells"}
@@ -28,11 +28,7 @@ CASES = {
 def by_operators(case: Case, keep: str) -> dict[str, Tensor]:
     given = case.tensors()
     leaves = {name: given[name].to(case.dtype).requires_grad_() for name in INPUTS if given[name] is not None}
-    v = {name: leaves.get(name) for name in INPUTS}
-    first = [v[name] for name in INPUTS[:6]]
-    marks = (given["lengths"], given["reset"], v["reset_h"], v["reset_c"])
-    options = (case.batch_first, case.directions == 2, keep, False, "ieee", "")
-    outputs = torch.ops.lstm_triton.layer(*first, *marks, *options)[:3]
+    outputs = torch.ops.lstm_triton.layer(*arguments(case, leaves, keep))[:3]
     cotangents = [given[f"d{name}"].to(case.dtype) for name in OUTPUTS]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
     results = dict(zip(OUTPUTS, (output.detach() for output in outputs)))
@@ -152,7 +148,7 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(layer, "lstm_forward", lambda *a: lstm_forward(*a, launch=idle))
-    monkeypatch.setattr(layer, "lstm_backward", lambda *a: lstm_backward(*a, launch=idle))
+    monkeypatch.setattr(adjoint, "lstm_backward", lambda *a: lstm_backward(*a, launch=idle))
 
 
 class Peak(TorchDispatchMode):
@@ -198,14 +194,14 @@ def test_peak_bytes(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without_launches(monkeypatch)
     case = replace(SIZES, seq_len=512, batch=64)  # large against weights and states, which the formula leaves out
     given = {n: None if t is None else t.to(case.dtype) for n, t in case.tensors().items()}
-    inputs = [given[name] for name in INPUTS[:6]]
-    options = (False, True, KEEP.get(recompute, recompute), False, "ieee", "")
-    with Peak([*inputs, *given.values()]) as memory:
-        out, h_n, c_n, *kept = ops.layer._init_fn(*inputs, None, None, None, None, *options)
+    inputs = arguments(case, given, KEEP.get(recompute, recompute))
+    tensors, options = inputs[: ops.TENSORS], inputs[ops.TENSORS :]
+    with Peak([*tensors, *given.values()]) as memory:
+        out, h_n, c_n, *kept = ops.layer._init_fn(*inputs)
         forward = memory.peak
         cotangents = (given["dout"], h_n, c_n, None, None)
-        wanted = [True] * 6 + [False] * 2
-        ops.layer_backward._init_fn(*cotangents, *inputs, None, None, None, None, out, *kept, *options, wanted)
+        wanted = [given[name] is not None for name in INPUTS]
+        ops.layer_backward._init_fn(*cotangents, *tensors, out, *kept, *options, wanted)
     formula = peak_bytes(case, recompute)
     assert forward <= memory.peak
     assert 0.95 * formula <= memory.peak <= 1.05 * formula, f"{memory.peak / formula:.3f} of the formula"
@@ -230,6 +226,6 @@ def test_without_gradients_a_long_sequence_goes_through_in_windows(
     for seq_len in (400, 800):
         v = [torch.zeros(seq_len, 8, 16), torch.zeros(2, 128, 16), torch.zeros(2, 128, 32), torch.zeros(2, 128)]
         with Peak(v) as memory:
-            ops.layer._init_fn(*v, *(None,) * 6, False, True, "nothing", False, "ieee", "")
+            ops.layer._init_fn(*v, *(None,) * 11, False, True, "nothing", False, "ieee", "", "")
         peaks.append(memory.peak)
     assert peaks[1] - peaks[0] == 400 * 8 * 2 * 32 * 4  # the output

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import layers
 import pytest
 import torch
 from interpreter import cooperative
 from layers import INPUTS, Case, run_recurrence
 from lstm_triton.kernels.config import Config
 
-from lstm_triton import functional, layer
+from lstm_triton import functional, layer, ops
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
 MAILBOX = Config("grid", "mailbox", True, False, 1, 16, 16, 16, 4)
@@ -18,10 +19,8 @@ STEPWISE = Config("stepwise", "none", True, True, 1, 16, 16, 16, 4)
 
 def arguments(case: Case, dtype: torch.dtype, plan: str = "", keep: str = "all") -> tuple:
     given = case.tensors()
-    v = {n: None if given[n] is None else given[n].to(dtype).requires_grad_() for n in INPUTS}
-    first = [v[name] for name in INPUTS[:6]]
-    options = (case.batch_first, case.directions == 2, keep, False, "ieee", plan)
-    return (*first, given["lengths"], given["reset"], v["reset_h"], v["reset_c"], *options)
+    leaves = {n: given[n].to(dtype).requires_grad_() for n in INPUTS if given[n] is not None}
+    return layers.arguments(case, leaves, keep, plan=plan)
 
 
 @pytest.mark.parametrize("config", [LOCAL, MAILBOX, FLAGS, STEPWISE], ids=lambda c: f"{c.placement}-{c.protocol}")
@@ -75,17 +74,18 @@ def test_opcheck_of_the_linear_operator() -> None:
 
 def backward_arguments(case: Case, wanted: list[bool] | None = None, keep: str = "all") -> tuple:
     inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments(case, torch.float32, keep=keep)]
-    out, h_n, c_n, kept_1, kept_2 = torch.ops.lstm_triton.layer(*inputs)
+    out, h_n, c_n, *kept = torch.ops.lstm_triton.layer(*inputs)
     if wanted is None:
-        wanted = [True, True, True, True, case.state, case.state, case.reset, case.reset]
+        given = case.tensors()
+        wanted = [given[name] is not None for name in INPUTS]
     grads = [torch.randn_like(t) for t in (out, h_n, c_n)]
-    return (*grads, None, None, *inputs[:10], out, kept_1, kept_2, *inputs[10:], wanted)
+    return (*grads, None, None, *inputs[: ops.TENSORS], out, *kept, *inputs[ops.TENSORS :], wanted)
 
 
 @pytest.mark.parametrize("index", range(8))
 def test_only_the_wanted_gradient_is_computed(index: int) -> None:
     case = Case(reset=True, directions=2)
-    wanted = [i == index for i in range(8)]
+    wanted = [i == index for i in range(len(INPUTS))]
     everything = torch.ops.lstm_triton.layer_backward(*backward_arguments(case))
     torch.manual_seed(0)
     full = torch.ops.lstm_triton.layer_backward(*backward_arguments(case))

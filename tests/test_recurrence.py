@@ -8,6 +8,7 @@ import torch
 from interpreter import cooperative
 from layers import Case, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Config, Layout
+from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import constants
 
@@ -108,8 +109,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     lstm_forward_kernel[(1, 1, 1)](
         gates=rows, w_hh=w_hh, h_0=None, c_0=None, reset_h=None, reset_c=None, out=out, cells=None, h_n=h_n, c_n=c_n,
         carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, x=None, w_ih=None, bias=None, batch=1, seq_len=seq_len,
-        row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
-        step_end=seq_len, SAVE=False, INPUTS=0, **constants(config, hidden, 1, "forward", "ieee", torch.float16),
+        masked_h_0=None, masked_reset_h=None, sent=None, pairs=None, stats=None, row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
+        step_end=seq_len, SAVE=False, INPUTS=0, **PLAIN.arguments(), **constants(config, hidden, 1, "forward", "ieee", torch.float16),
     )  # fmt: skip
     i, _, g, o = rows[-1, 0].double().view(4, hidden)
     want = o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()

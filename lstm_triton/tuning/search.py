@@ -23,8 +23,9 @@ from ..cost import microseconds_per_step
 from ..device import Device
 from ..kernels.backward import lstm_backward
 from ..kernels.compile import compile_pass, report_of
-from ..kernels.config import Config, Layout
+from ..kernels.config import PLAIN_CELL, Config, Layout
 from ..kernels.forward import lstm_forward
+from ..layer import Inputs
 from ..planner import NoPlan, admissible, plan
 from ..precision import matmul_precision
 from ..problem import PASSES, Bucket, Problem, bucket_of
@@ -228,10 +229,9 @@ class Scratch:
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            unmarked = (None, None, None, None)
+            v = Inputs(x, w_ih, w_hh, None, h, c, *(None,) * 9)
             bidirectional = self.problem.directions == 2  # more are an ensemble's
-            given = (x, w_ih, w_hh, None, h, c, *unmarked)
-            return reference.ensemble_forward(*given, batch_first=False, bidirectional=bidirectional)[:3]
+            return reference.ensemble_forward(*v, batch_first=False, bidirectional=bidirectional, cell=PLAIN_CELL)[:3]
 
         with matmul_precision(self.x.to(dtype), self.problem.precision):
             return self._results(run, dtype)
@@ -241,19 +241,9 @@ class Scratch:
         text = "|".join(one.encode() for one in pair)
 
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            options = (
-                None,
-                None,
-                None,
-                None,
-                False,
-                self.problem.directions == 2,
-                "all",
-                False,
-                self.problem.precision,
-                text,
-            )
-            return torch.ops.lstm_triton.layer(x, w_ih, w_hh, None, h, c, *options)[:3]
+            v = Inputs(x, w_ih, w_hh, None, h, c, *(None,) * 9)
+            options = (False, self.problem.directions == 2, "all", False, self.problem.precision, text, "")
+            return torch.ops.lstm_triton.layer(*v, *options)[:3]
 
         return self._results(run, self.dtype)
 

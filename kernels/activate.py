@@ -1,0 +1,77 @@
+"""Pre-activations of all steps at once -> activated gates: the cell's forward step without its recurrence."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from .cell import lstm_forward_step
+from .config import Layout
+from .extras import RUNTIME_EXTRAS, Extras
+from .masks import step_masks
+from .tiles import RUNTIME_SIZES, load_gates, of_units, per_row, per_unit, store_gates
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
+def activate_kernel(
+    gates,  # [rows, D, 4, H]
+    c_prev,  # [rows, D, H] or None: nothing depends on it
+    peephole,  # [D, 3, H] or None
+    seed,  # [D] int64 or None
+    time_begin,
+    zoneout_h,
+    zoneout_c,
+    recurrent_dropout,
+    cell_clip,
+    batch,
+    seq_len,
+    row_stride_t,
+    row_stride_b,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    COUPLED: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program: BLOCK_H units of BLOCK_B pairs (step, row of the batch), of one set of weights."""
+    compute: tl.constexpr = tl.float64 if gates.dtype.element_ty == tl.float64 else tl.float32
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    direction = tl.program_id(2)
+    time, b = pair // batch, pair % batch
+    rows = time * row_stride_t + b * row_stride_b
+    owned = per_row(time < seq_len, False) & per_unit(unit < H, False)
+    offset = per_row((rows * D + direction) * (4 * H), False) + per_unit(unit, False)
+    a_i, a_f, a_g, a_o = load_gates(gates, offset, owned, H, compute)
+    before = tl.zeros(owned.shape, compute)
+    if c_prev is not None:
+        state = per_row((rows * D + direction) * H, False) + per_unit(unit, False)
+        before = tl.load(c_prev + state, mask=owned, other=0.0).to(compute)
+    _, _, g_scale = step_masks(
+        seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, False
+    )
+    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, False)
+    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, False)
+    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, False)
+    i, f, g, o, _ = lstm_forward_step(a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED)
+    store_gates(gates, offset, owned, i, f, g, o, H)
+
+
+def activate(gates: torch.Tensor, c_prev: torch.Tensor | None, layout: Layout, extras: Extras) -> torch.Tensor:
+    """Activate gates [rows, D, 4H] in place. c_prev [rows, D, H]: c_{t-1} of every step, for peepholes only."""
+    _, directions, gate_size = gates.shape
+    hidden_size, arguments = gate_size // 4, extras.arguments()
+    for name in ("gain_hh", "norm_c", "h_mask"):
+        del arguments[name]  # what they do comes before or after
+    block_b, block_h = 16, min(128, triton.next_power_of_2(hidden_size))
+    grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)
+    with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
+        activate_kernel[grid](
+            gates, c_prev, batch=layout.batch, seq_len=layout.seq_len, row_stride_t=layout.stride_t,
+            row_stride_b=layout.stride_b, H=hidden_size, D=directions, BLOCK_B=block_b, BLOCK_H=block_h, **arguments,
+        )  # fmt: skip
+    return gates

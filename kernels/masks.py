@@ -1,0 +1,99 @@
+"""Random masks that are never stored: every pass draws the same ones again from a seed.
+
+Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed [D] int64 of a set
+of weights and counting (unit, row of the batch, time, kind): a mask depends neither on the tile nor on the launch that
+draws it, nor on the batch's size. `lstm_triton.reference` draws the same in plain PyTorch.
+
+A threshold is a probability in units of 2^-24 (`config.chance`); 24 random bits below it say yes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import CHANCE_BITS
+from .tiles import per_row, per_unit
+
+STEP, RECURRENT, INPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds; the last two of a whole sequence
+ONE = tl.constexpr(2**CHANCE_BITS)
+
+
+@triton.jit
+def draws(seed, unit, b, time, KIND: tl.constexpr):
+    """Four uint32 for every element of the broadcast unit, b and time."""
+    zero = (unit * 0 + b * 0 + time * 0).to(tl.int32)
+    return tl.philox(seed, zero + unit.to(tl.int32), zero + b.to(tl.int32), zero + time.to(tl.int32), zero + KIND)
+
+
+@triton.jit
+def happens(bits, threshold):
+    return (bits >> 8).to(tl.int32) < threshold
+
+
+@triton.jit
+def dropout_scale(bits, threshold):
+    """0 with the given probability, else what keeps the mean at 1; None for no dropout."""
+    if threshold is None:
+        return None
+    else:
+        return tl.where(happens(bits, threshold), 0.0, ONE / (ONE - threshold))
+
+
+@triton.jit
+def kept_by_zoneout(bits, threshold, SAMPLED: tl.constexpr):
+    """What `cell.zoneout` takes: a mask, its mean, or None."""
+    if threshold is None:
+        return None
+    elif SAMPLED:
+        return happens(bits, threshold)
+    else:
+        return threshold / ONE
+
+
+@triton.jit
+def step_masks(
+    seed, direction, unit, b, time, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """What h keeps, what c keeps (for `cell.zoneout`) and the scale of the candidate, at a step; None for none."""
+    if SAMPLED:
+        bits_h, bits_c, bits_g, _ = draws(
+            tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST), per_row(time, UNITS_FIRST),
+            STEP,
+        )  # fmt: skip
+    else:
+        bits_h, bits_c, bits_g = 0, 0, 0
+    keep_h = kept_by_zoneout(bits_h, zoneout_h, SAMPLED)
+    return keep_h, kept_by_zoneout(bits_c, zoneout_c, SAMPLED), dropout_scale(bits_g, recurrent_dropout)
+
+
+@triton.jit(do_not_specialize=["batch", "threshold"])
+def sequence_mask_kernel(
+    seed,  # [D] int64
+    mask,  # [D, B, N]
+    batch,
+    threshold,
+    N: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK units of one row of the batch, of one set of weights."""
+    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, direction = tl.program_id(1), tl.program_id(2)
+    bits, _, _, _ = draws(tl.load(seed + direction), unit, b, 0, KIND)
+    scale = dropout_scale(bits, threshold).to(mask.dtype.element_ty)
+    tl.store(mask + (direction * batch + b).to(tl.int64) * N + unit, scale, mask=unit < N)
+
+
+def sequence_mask(seed: torch.Tensor, batch: int, size: int, kind: int, threshold: int, dtype: torch.dtype):
+    """The dropout mask of whole sequences: [D, batch, size], 0 or 1 / (1 - p). kind: RECURRENT or INPUT."""
+    mask = seed.new_empty((seed.shape[0], batch, size), dtype=dtype)
+    block = 256
+    grid = (triton.cdiv(size, block), batch, seed.shape[0])
+    with torch.cuda.device(seed.device) if seed.is_cuda else contextlib.nullcontext():
+        sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, block)
+    return mask
