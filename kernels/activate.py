@@ -11,7 +11,7 @@ import triton.language as tl
 from .cell import lstm_forward_step
 from .config import Layout
 from .extras import RUNTIME_EXTRAS, Extras
-from .masks import step_masks
+from .masks import dropout_scale, step_bits
 from .tiles import RUNTIME_SIZES, load_gates, of_units, per_row, per_unit, store_gates
 
 
@@ -21,9 +21,7 @@ def activate_kernel(
     c_prev,  # [rows, D, H] or None: nothing depends on it
     peephole,  # [D, 3, H] or None
     seed,  # [D] int64 or None
-    time_begin,
-    zoneout_h,
-    zoneout_c,
+    time_begin,  # as for the recurrence
     recurrent_dropout,
     cell_clip,
     batch,
@@ -51,9 +49,10 @@ def activate_kernel(
     if c_prev is not None:
         state = per_row((rows * D + direction) * H, False) + per_unit(unit, False)
         before = tl.load(c_prev + state, mask=owned, other=0.0).to(compute)
-    _, _, g_scale = step_masks(
-        seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, False
-    )
+    g_scale = None
+    if SAMPLED:
+        _, _, bits_g = step_bits(seed, direction, unit, b, time + time_begin, False)
+        g_scale = dropout_scale(bits_g, recurrent_dropout)
     w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, False)
     w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, False)
     w_co = of_units(peephole, 2, 3, direction, unit, H, compute, False)
@@ -65,7 +64,7 @@ def activate(gates: torch.Tensor, c_prev: torch.Tensor | None, layout: Layout, e
     """Activate gates [rows, D, 4H] in place. c_prev [rows, D, H]: c_{t-1} of every step, for peepholes only."""
     _, directions, gate_size = gates.shape
     hidden_size, arguments = gate_size // 4, extras.arguments()
-    for name in ("gain_hh", "norm_c", "h_mask"):
+    for name in ("gain_hh", "norm_c", "h_mask", "zoneout_h", "zoneout_c"):
         del arguments[name]  # what they do comes before or after
     block_b, block_h = 16, min(128, triton.next_power_of_2(hidden_size))
     grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)

@@ -30,7 +30,7 @@ from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
-from .masks import step_masks
+from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import norm_backward, norm_gates_backward
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
 from .tiles import (
@@ -146,9 +146,10 @@ def lstm_backward_kernel(
     w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
     w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
     w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
-    gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
-    gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
-    bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
+    if NORM:
+        gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
+        gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
+        bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
     STATES = tl.cast(batch, tl.int64) * (D * H)  # from one sum of dpeephole, dnorm_c to the next
     if h_mask is not None:
         own_mask = tl.load(h_mask + state, mask=owned, other=0.0).to(compute)
@@ -201,9 +202,14 @@ def lstm_backward_kernel(
             c_prev = tl.where(fresh, 0.0, c_prev)
             if reset_c is not None:
                 c_prev += tl.load(reset_c + state, mask=fresh, other=0.0).to(compute)
-        keep_h, keep_c, g_scale = step_masks(
-            seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, UNITS_FIRST
-        )
+        bits_h = None
+        bits_c = None
+        bits_g = None
+        if SAMPLED:
+            bits_h, bits_c, bits_g = step_bits(seed, direction, unit, b, time + time_begin, UNITS_FIRST)
+        keep_h = kept_by_zoneout(bits_h, zoneout_h, SAMPLED)
+        keep_c = kept_by_zoneout(bits_c, zoneout_c, SAMPLED)
+        g_scale = dropout_scale(bits_g, recurrent_dropout)
         if NORM:
             z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
             of_row = stats + (rows * D + direction) * 4
@@ -265,7 +271,9 @@ def lstm_backward_kernel(
                 BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         dc_new += dseen
-        di, df, dg = None, None, None
+        di = None
+        df = None
+        dg = None
         if dactivated is not None:
             di, df, dg, more = load_gates(dactivated, offset, live, H, compute)
             do += more

@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .backward import lstm_backward
-from .config import Config, Layout
+from .config import PLAIN_CELL, Cell, Config, Layout
+from .extras import Extras
 from .forward import lstm_forward
 from .launch import Recurrence
 
@@ -31,13 +32,15 @@ class Report:
 
     registers: per thread. spills: bytes of stack per thread (NVIDIA) or spilled vector registers
     (AMD). shared: bytes per program. matrix_instructions: in the source text of the binary, by
-    kind (wgmma, mma, tcgen05, mfma); a loop body counts once. asm: PTX or AMDGCN.
+    kind (wgmma, mma, tcgen05, mfma); a loop body counts once. loop_instructions: of the machine, in
+    the time loop, inner loops counted once. asm: PTX or AMDGCN.
     """
 
     registers: int
     spills: int
     shared: int
     matrix_instructions: dict[str, int]
+    loop_instructions: int
     asm: str
 
 
@@ -91,12 +94,16 @@ def compile_pass(
     layout: Layout | None = None,
     order: str | None = None,
     states: bool = False,
+    cell: Cell = PLAIN_CELL,
+    peephole: bool = False,
+    norm: bool = False,
 ) -> Any:
     """Triton's binary of one pass ("forward" or "backward") of a layer.
 
     lengths, reset, state: whether these optional inputs are given, the last with the gradients of
     h_n and c_n. layout: of the call whose first launch is compiled; by default any. order: as for the
-    launchers. states: whether gradients of the saved gates and cells are given (backward).
+    launchers. states: whether gradients of the saved gates and cells are given (backward). cell, peephole, norm:
+    variants of the cell, see `Extras`.
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
@@ -112,7 +119,17 @@ def compile_pass(
         grid, shared = next(recurrence.calls(nvidia=arch.startswith("sm_")))
         binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
-    options: dict[str, Any] = {"lengths": row_lengths, "reset": marks, "order": order, "launch": launch}
+    extras = Extras(
+        cell,
+        torch.empty((directions, 3, hidden_size), **meta) if peephole else None,
+        torch.empty((directions, 4, hidden_size), **meta) if norm else None,
+        torch.empty((directions, 2, hidden_size), **meta) if norm else None,
+        torch.empty((directions,), dtype=torch.int64, device="meta") if cell.draws else None,
+        torch.empty((directions, layout.batch, hidden_size), **meta) if cell.sampled and cell.variational_h else None,
+    )
+    options: dict[str, Any] = {
+        "lengths": row_lengths, "reset": marks, "order": order, "extras": extras, "launch": launch
+    }  # fmt: skip
     with compiling_for(arch):
         if which == "forward":
             if config.placement == "single":
@@ -123,6 +140,9 @@ def compile_pass(
         else:
             if states:
                 options |= {"dcells": sequence, "dactivated": gates}
+            if norm:
+                stats = torch.empty((layout.rows, directions, 4), dtype=torch.float32, device="meta")
+                options |= {"product": gates, "stats": stats}
             tensors = (sequence, given, given, gates, sequence, w_hh, given)
             lstm_backward(*tensors, layout, config, precision, **options)
     return binaries[0]
@@ -133,12 +153,30 @@ def report_of(binary: Any) -> Report:
     return _nvidia_report(binary) if "cubin" in binary.asm else _amd_report(binary)
 
 
+def _loop_instructions(listing: str, instruction: str) -> int:
+    """Instructions in the widest loop of a disassembly; `instruction` matches a line that is one."""
+    lines = listing.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
+    loops = [(0, 0)]
+    for at, line in enumerate(lines):
+        target = re.search(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
+        if target and labels.get(target[1], at) < at:
+            loops.append((labels[target[1]], at))
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    return sum(re.match(instruction, line) is not None for line in lines[start : end + 1])
+
+
 def _nvidia_report(binary: Any) -> Report:
-    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+        def output_of(tool: str, option: str) -> str:
+            command = [os.path.join(tools, tool), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, listing = output_of("cuobjdump", "-res-usage"), output_of("nvdisasm", "-c")
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = binary.asm["ptx"]
     kinds = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
@@ -147,6 +185,7 @@ def _nvidia_report(binary: Any) -> Report:
         numbers["STACK"] + numbers["LOCAL"],
         binary.metadata.shared,
         {kind: count for kind, text in kinds.items() if (count := ptx.count(text))},
+        _loop_instructions(listing, r"\s*/\*[0-9a-f]+\*/"),
         ptx,
     )
 
@@ -162,5 +201,10 @@ def _amd_report(binary: Any) -> Report:
 
     mfma = asm.count("v_mfma_")
     return Report(
-        number("vgpr_count"), number("vgpr_spill_count"), binary.metadata.shared, {"mfma": mfma} if mfma else {}, asm
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        binary.metadata.shared,
+        {"mfma": mfma} if mfma else {},
+        _loop_instructions(asm, r"\s+[vs]_|\s+(global|flat|buffer|ds)_"),
+        asm,
     )

@@ -27,7 +27,7 @@ from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
-from .masks import step_masks
+from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import moments, norm_gates
 from .product import multiply, recurrent_product, resident_weights, zero_product
 from .tiles import (
@@ -133,9 +133,10 @@ def lstm_forward_kernel(
     w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
     w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
     w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
-    gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
-    gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
-    bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
+    if NORM:
+        gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
+        gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
+        bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
     start_h, fresh_h, exchanged = h_0, reset_h, out
     if h_mask is not None:
         start_h, fresh_h = masked_h_0, masked_reset_h
@@ -167,9 +168,14 @@ def lstm_forward_kernel(
         offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         if PLACEMENT != "single":
             x_i, x_f, x_g, x_o = load_gates(gates, offset, owned, H, compute)
-        keep_h, keep_c, g_scale = step_masks(
-            seed, direction, unit, b, time + time_begin, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED, UNITS_FIRST
-        )
+        bits_h = None
+        bits_c = None
+        bits_g = None
+        if SAMPLED:
+            bits_h, bits_c, bits_g = step_bits(seed, direction, unit, b, time + time_begin, UNITS_FIRST)
+        keep_h = kept_by_zoneout(bits_h, zoneout_h, SAMPLED)
+        keep_c = kept_by_zoneout(bits_c, zoneout_c, SAMPLED)
+        g_scale = dropout_scale(bits_g, recurrent_dropout)
 
         c_prev = c
         h_prev = h

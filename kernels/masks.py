@@ -55,20 +55,13 @@ def kept_by_zoneout(bits, threshold, SAMPLED: tl.constexpr):
 
 
 @triton.jit
-def step_masks(
-    seed, direction, unit, b, time, zoneout_h, zoneout_c, recurrent_dropout, SAMPLED: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """What h keeps, what c keeps (for `cell.zoneout`) and the scale of the candidate, at a step; None for none."""
-    if SAMPLED:
-        bits_h, bits_c, bits_g, _ = draws(
-            tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST), per_row(time, UNITS_FIRST),
-            STEP,
-        )  # fmt: skip
-    else:
-        bits_h, bits_c, bits_g = 0, 0, 0
-    keep_h = kept_by_zoneout(bits_h, zoneout_h, SAMPLED)
-    return keep_h, kept_by_zoneout(bits_c, zoneout_c, SAMPLED), dropout_scale(bits_g, recurrent_dropout)
+def step_bits(seed, direction, unit, b, time, UNITS_FIRST: tl.constexpr):
+    """What decides zoneout of h, zoneout of c and recurrent dropout at a step: three state tiles of bits."""
+    bits_h, bits_c, bits_g, _ = draws(
+        tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST), per_row(time, UNITS_FIRST),
+        STEP,
+    )  # fmt: skip
+    return bits_h, bits_c, bits_g
 
 
 @triton.jit(do_not_specialize=["batch", "threshold"])
@@ -84,7 +77,7 @@ def sequence_mask_kernel(
     """One program: BLOCK units of one row of the batch, of one set of weights."""
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b, direction = tl.program_id(1), tl.program_id(2)
-    bits, _, _, _ = draws(tl.load(seed + direction), unit, b, 0, KIND)
+    bits, _, _, _ = draws(tl.load(seed + direction), unit, b, b * 0, KIND)
     scale = dropout_scale(bits, threshold).to(mask.dtype.element_ty)
     tl.store(mask + (direction * batch + b).to(tl.int64) * N + unit, scale, mask=unit < N)
 

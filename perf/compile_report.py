@@ -3,17 +3,20 @@
     python perf/compile_report.py                  the default plans
     python perf/compile_report.py --all            every candidate config (hours; narrow it down)
     python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
+    python perf/compile_report.py --variant every  the default plans of every variant of the cell
 
-Prints registers, spills, shared memory and matrix instructions of every config, and exits with
-status 1 if one that a plan uses by default spills or does not fit its device.
+Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
+time loop of every config, and exits with status 1 if one that a plan uses by default spills or does
+not fit its device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -25,10 +28,24 @@ from tqdm import tqdm
 from lstm_triton.device import KNOWN, Device
 from lstm_triton.planner import NoPlan, candidates, plan, refusal
 from lstm_triton.problem import PASSES, Problem, bucket_of_batch
+from lstm_triton.variant import Variant
 
 HIDDEN_SIZES = (20, 64, 128, 256, 512, 650, 1024, 2048)
 BATCHES = (16, 128)
 TYPES = (("bfloat16", "tf32"), ("float16", "tf32"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"))
+VARIANTS = {
+    "plain": Variant(),
+    "peephole": Variant(peephole=True),
+    "coupled_gates": Variant(coupled_gates=True),
+    "cell_clip": Variant(cell_clip=3.0),
+    "recurrent_grad_clip": Variant(recurrent_grad_clip=10.0),
+    "recurrent_dropout": Variant(recurrent_dropout=0.25),
+    "variational_dropout": Variant(variational_dropout=0.25),
+    "zoneout": Variant(zoneout=(0.1, 0.1)),
+    "layer_norm": Variant(layer_norm=True),
+}
+_all = {name: value for variant in VARIANTS.values() for name, value in variant.asked().items()}
+VARIANTS["everything"] = Variant(**(_all | {"coupled_gates": False}))  # with four gates there is more of it
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,7 @@ class Job:
     problem: Problem
     device: Device
     config: Config
+    variant: str
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,14 @@ class Row:
             f"{'resident' if config.resident else 'streamed'} weights-{'first' if config.units_first else 'second'} "
             f"split_k={config.split_k} B{config.block_b} H{config.block_h} K{config.block_k} warps={config.num_warps}"
         )
+        if self.job.variant != "plain":
+            head = f"{self.job.variant:19} {head}"
         if report is None:
             return f"{head}  FAILED: {self.error}"
         matrix = " ".join(f"{kind}={count}" for kind, count in report.matrix_instructions.items()) or "none"
         return (
             f"{head}  registers={report.registers} spills={report.spills} "
-            f"shared={report.shared}/{self.job.device.shared_memory} matrix: {matrix}"
+            f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop_instructions} matrix: {matrix}"
         )
 
     def record(self) -> dict:
@@ -72,7 +92,7 @@ class Row:
         return {**asdict(self.job), "report": report, "error": self.error, "ok": self.ok}
 
 
-def jobs(archs, hidden_sizes, batches, types, every: bool) -> Iterator[Job]:
+def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[str] = ("plain",)) -> Iterator[Job]:
     """The distinct configs of the default plans (or of all candidates) over a set of problems."""
     seen = set()
     for arch in archs:
@@ -82,14 +102,16 @@ def jobs(archs, hidden_sizes, batches, types, every: bool) -> Iterator[Job]:
                 continue
             for hidden_size in hidden_sizes:
                 for batch in batches:
-                    for which in PASSES:
-                        problem = Problem(which, hidden_size, bucket_of_batch(batch), 1, dtype, precision)
+                    for which, variant in itertools.product(PASSES, variants):
+                        norm, bucket = VARIANTS[variant].layer_norm, bucket_of_batch(batch)
+                        problem = Problem(which, hidden_size, bucket, 1, dtype, precision, norm)
                         for config in candidates(problem, device) if every else default_configs(problem, device):
                             # How many batch tiles share a launch is no part of the binary.
-                            key = (arch, which, dtype, precision, hidden_size, config.encode().rpartition(" ")[0])
+                            tiles = config.encode().rpartition(" ")[0]
+                            key = (arch, which, dtype, precision, hidden_size, variant, tiles)
                             if key not in seen:
                                 seen.add(key)
-                                yield Job(problem, device, config)
+                                yield Job(problem, device, config, variant)
 
 
 def default_configs(problem: Problem, device: Device) -> list[Config]:
@@ -100,7 +122,7 @@ def default_configs(problem: Problem, device: Device) -> list[Config]:
 
 def compile_job(job: Job) -> Row:
     problem = job.problem
-    dtype = getattr(torch, problem.dtype)
+    dtype, variant = getattr(torch, problem.dtype), VARIANTS[job.variant]
     try:
         binary = compile_pass(
             problem.which,
@@ -110,6 +132,9 @@ def compile_job(job: Job) -> Row:
             dtype,
             problem.precision,
             problem.directions,
+            cell=variant.cell(training=True),
+            peephole=bool(variant.peephole),
+            norm=variant.layer_norm,
         )
         report = report_of(binary)
     except Exception as error:  # a compiler failure is a finding: it becomes a row, and fails the run
@@ -125,18 +150,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     names = [f"{dtype}-{precision}" if dtype == "float32" else dtype for dtype, precision in TYPES]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
+    parser.add_argument("--variant", nargs="+", choices=[*VARIANTS, "every"], default=["plain"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     options = parser.parse_args(arguments)
     if min(*options.hidden_size, *options.batch) < 1:
         parser.error("hidden sizes and batches must be at least 1")
+    options.variants = list(VARIANTS) if "every" in options.variant else options.variant
     options.types = [pair for name, pair in zip(names, TYPES) if name in options.dtype]
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    work = list(jobs(options.arch, options.hidden_size, options.batch, options.types, options.all))
+    work = list(jobs(options.arch, options.hidden_size, options.batch, options.types, options.all, options.variants))
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(tqdm(pool.map(compile_job, work), total=len(work), unit="config", disable=None))
     for row in rows:
