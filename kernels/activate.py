@@ -12,7 +12,7 @@ from .cell import lstm_forward_step
 from .config import Layout
 from .extras import RUNTIME_EXTRAS, Extras
 from .masks import dropout_scale, step_bits
-from .tiles import RUNTIME_SIZES, load_gates, of_units, per_row, per_unit, store_gates
+from .tiles import RUNTIME_SIZES, load_gates, of_units, per_row, per_unit, runs_reversed, store_gates
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
@@ -30,6 +30,7 @@ def activate_kernel(
     row_stride_b,
     H: tl.constexpr,
     D: tl.constexpr,
+    ORDER: tl.constexpr,
     COUPLED: tl.constexpr,
     SAMPLED: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -51,8 +52,9 @@ def activate_kernel(
         before = tl.load(c_prev + state, mask=owned, other=0.0).to(compute)
     g_scale = None
     if SAMPLED:
-        _, _, bits_g = step_bits(seed, direction, unit, b, time + time_begin, False)
-        g_scale = dropout_scale(bits_g, recurrent_dropout)
+        reverse = runs_reversed(direction, ORDER)
+        _, _, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, False)
+        g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
     w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, False)
     w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, False)
     w_co = of_units(peephole, 2, 3, direction, unit, H, compute, False)
@@ -60,7 +62,9 @@ def activate_kernel(
     store_gates(gates, offset, owned, i, f, g, o, H)
 
 
-def activate(gates: torch.Tensor, c_prev: torch.Tensor | None, layout: Layout, extras: Extras) -> torch.Tensor:
+def activate(
+    gates: torch.Tensor, c_prev: torch.Tensor | None, layout: Layout, order: str, extras: Extras
+) -> torch.Tensor:
     """Activate gates [rows, D, 4H] in place. c_prev [rows, D, H]: c_{t-1} of every step, for peepholes only."""
     _, directions, gate_size = gates.shape
     hidden_size, arguments = gate_size // 4, extras.arguments()
@@ -71,6 +75,7 @@ def activate(gates: torch.Tensor, c_prev: torch.Tensor | None, layout: Layout, e
     with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
         activate_kernel[grid](
             gates, c_prev, batch=layout.batch, seq_len=layout.seq_len, row_stride_t=layout.stride_t,
-            row_stride_b=layout.stride_b, H=hidden_size, D=directions, BLOCK_B=block_b, BLOCK_H=block_h, **arguments,
+            row_stride_b=layout.stride_b, H=hidden_size, D=directions, ORDER=order, BLOCK_B=block_b, BLOCK_H=block_h,
+            **arguments,
         )  # fmt: skip
     return gates

@@ -172,10 +172,10 @@ def lstm_forward_kernel(
         bits_c = None
         bits_g = None
         if SAMPLED:
-            bits_h, bits_c, bits_g = step_bits(seed, direction, unit, b, time + time_begin, UNITS_FIRST)
-        keep_h = kept_by_zoneout(bits_h, zoneout_h, SAMPLED)
-        keep_c = kept_by_zoneout(bits_c, zoneout_c, SAMPLED)
-        g_scale = dropout_scale(bits_g, recurrent_dropout)
+            bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, UNITS_FIRST)
+        keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
+        keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
+        g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
 
         c_prev = c
         h_prev = h

@@ -1,8 +1,9 @@
 """Random masks that are never stored: every pass draws the same ones again from a seed.
 
 Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed [D] int64 of a set
-of weights and counting (unit, row of the batch, time, kind): a mask depends neither on the tile nor on the launch that
-draws it, nor on the batch's size. `lstm_triton.reference` draws the same in plain PyTorch.
+of weights and counting (unit, row of the batch, time, kind and direction): a mask depends neither on the tile nor on
+the launch that draws it, nor on the batch's size. Both directions of a layer have one seed, and share the mask on its
+input. `lstm_triton.philox` draws the same in plain PyTorch.
 
 A threshold is a probability in units of 2^-24 (`config.chance`); 24 random bits below it say yes.
 """
@@ -16,17 +17,18 @@ import triton
 import triton.language as tl
 
 from .config import CHANCE_BITS
-from .tiles import per_row, per_unit
+from .tiles import per_row, per_unit, runs_reversed
 
 STEP, RECURRENT, INPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds; the last two of a whole sequence
+REVERSE = tl.constexpr(4)  # added to the kind where the reverse direction has a mask of its own
 ONE = tl.constexpr(2**CHANCE_BITS)
 
 
 @triton.jit
-def draws(seed, unit, b, time, KIND: tl.constexpr):
+def draws(seed, unit, b, time, kind):
     """Four uint32 for every element of the broadcast unit, b and time."""
     zero = (unit * 0 + b * 0 + time * 0).to(tl.int32)
-    return tl.philox(seed, zero + unit.to(tl.int32), zero + b.to(tl.int32), zero + time.to(tl.int32), zero + KIND)
+    return tl.philox(seed, zero + unit.to(tl.int32), zero + b.to(tl.int32), zero + time.to(tl.int32), zero + kind)
 
 
 @triton.jit
@@ -35,31 +37,31 @@ def happens(bits, threshold):
 
 
 @triton.jit
-def dropout_scale(bits, threshold):
+def dropout_scale(bits, threshold, compute: tl.constexpr):
     """0 with the given probability, else what keeps the mean at 1; None for no dropout."""
     if threshold is None:
         return None
     else:
-        return tl.where(happens(bits, threshold), 0.0, ONE / (ONE - threshold))
+        return tl.where(happens(bits, threshold), 0.0, tl.cast(ONE, compute) / (ONE - threshold))
 
 
 @triton.jit
-def kept_by_zoneout(bits, threshold, SAMPLED: tl.constexpr):
+def kept_by_zoneout(bits, threshold, compute: tl.constexpr, SAMPLED: tl.constexpr):
     """What `cell.zoneout` takes: a mask, its mean, or None."""
     if threshold is None:
         return None
     elif SAMPLED:
         return happens(bits, threshold)
     else:
-        return threshold / ONE
+        return tl.cast(threshold, compute) / ONE
 
 
 @triton.jit
-def step_bits(seed, direction, unit, b, time, UNITS_FIRST: tl.constexpr):
+def step_bits(seed, direction, reverse, unit, b, time, UNITS_FIRST: tl.constexpr):
     """What decides zoneout of h, zoneout of c and recurrent dropout at a step: three state tiles of bits."""
     bits_h, bits_c, bits_g, _ = draws(
         tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST), per_row(time, UNITS_FIRST),
-        STEP,
+        STEP + REVERSE * reverse.to(tl.int32),
     )  # fmt: skip
     return bits_h, bits_c, bits_g
 
@@ -72,21 +74,31 @@ def sequence_mask_kernel(
     threshold,
     N: tl.constexpr,
     KIND: tl.constexpr,
+    ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK units of one row of the batch, of one set of weights."""
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b, direction = tl.program_id(1), tl.program_id(2)
-    bits, _, _, _ = draws(tl.load(seed + direction), unit, b, b * 0, KIND)
-    scale = dropout_scale(bits, threshold).to(mask.dtype.element_ty)
-    tl.store(mask + (direction * batch + b).to(tl.int64) * N + unit, scale, mask=unit < N)
+    kind = KIND + REVERSE * runs_reversed(direction, ORDER).to(tl.int32)
+    bits, _, _, _ = draws(tl.load(seed + direction), unit, b, b * 0, kind)
+    dtype: tl.constexpr = mask.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    scale = dropout_scale(bits, threshold, compute)
+    tl.store(mask + (direction * batch + b).to(tl.int64) * N + unit, scale.to(dtype), mask=unit < N)
 
 
-def sequence_mask(seed: torch.Tensor, batch: int, size: int, kind: int, threshold: int, dtype: torch.dtype):
-    """The dropout mask of whole sequences: [D, batch, size], 0 or 1 / (1 - p). kind: RECURRENT or INPUT."""
+def sequence_mask(
+    seed: torch.Tensor, batch: int, size: int, kind: int, threshold: int, dtype: torch.dtype, order: str = "forward"
+) -> torch.Tensor:
+    """The dropout mask of whole sequences: [D, batch, size], 0 or 1 / (1 - p). kind: RECURRENT or INPUT.
+
+    order: which sets have the mask of a reverse direction, see `runs_reversed`.
+    """
+    seed = seed.contiguous()
     mask = seed.new_empty((seed.shape[0], batch, size), dtype=dtype)
     block = 256
     grid = (triton.cdiv(size, block), batch, seed.shape[0])
     with torch.cuda.device(seed.device) if seed.is_cuda else contextlib.nullcontext():
-        sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, block)
+        sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, order, block)
     return mask

@@ -37,7 +37,7 @@ def _previous(v: Inputs, options: Options, states: Tensor, start: Tensor | None,
     return previous_hidden(states, start, lengths, v.reset, fresh, v.w_hh.shape[0], options.order, options.batch_first)
 
 
-def _operand(v: Inputs, options: Options, extras: Extras, out: Tensor) -> Tensor:
+def operand_of(v: Inputs, options: Options, extras: Extras, out: Tensor) -> Tensor:
     """The h_{t-1} that every step's recurrent product has read, masked: [rows, D, H]."""
     h_prev = _previous(v, options, out, v.h_0, v.reset_h)
     if extras.h_mask is None:
@@ -46,7 +46,7 @@ def _operand(v: Inputs, options: Options, extras: Extras, out: Tensor) -> Tensor
     return (by_row * extras.h_mask.transpose(0, 1).unsqueeze(1 if options.batch_first else 0)).flatten(0, 1)
 
 
-def _product(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None = None) -> Tensor:
+def product_of(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None = None) -> Tensor:
     """h_{t-1} W_hh^T of all steps by one GEMM for each set of weights, added to `onto` if given: [rows, D, 4H]."""
     result = operand.new_empty((operand.shape[0], *v.w_hh.shape[:2])) if onto is None else onto
     with matmul_precision(v.x, options.precision):
@@ -65,13 +65,17 @@ def _product(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None =
 def recomputed_gates(v: Inputs, options: Options, out: Tensor, cells: Tensor) -> Tensor:
     """The activated gates [rows, D, 4H] that the forward pass did not keep: two GEMMs over the whole sequence."""
     gates, extras = projected_input(v, options), extras_of(v, options)
-    operand = _operand(v, options, extras, out)
+    operand = operand_of(v, options, extras, out)
     if v.gain_hh is None:
-        _product(v, options, operand, gates)
+        product_of(v, options, operand, gates)
     else:
-        gates += norm_gates(_product(v, options, operand), v.gain_hh, options.cell.coupled)
-    c_prev = _previous(v, options, cells.reshape(out.shape), v.c_0, v.reset_c) if v.peephole is not None else None
-    return activate(gates, c_prev, options.layout(v.x), extras)
+        gates += norm_gates(product_of(v, options, operand), v.gain_hh, options.cell.coupled)
+    c_prev, layout = None, options.layout(v.x)
+    if v.peephole is not None:
+        # Given even where it is 0: unlike out, cells are not 0 beyond a length, where the reverse direction begins.
+        c_0 = cells.new_zeros((v.w_hh.shape[0], layout.batch, v.w_hh.shape[2])) if v.c_0 is None else v.c_0
+        c_prev = _previous(v, options, cells.reshape(out.shape), c_0, v.reset_c)
+    return activate(gates, c_prev, layout, options.order, extras)
 
 
 def backward(
@@ -90,10 +94,10 @@ def backward(
     lengths, reset = marks_of(v, layout)
     extras, operand, product = extras_of(v, options), None, None
     if wanted["w_hh"] or v.gain_hh is not None:
-        operand = _operand(v, options, extras, out)
+        operand = operand_of(v, options, extras, out)
     if v.gain_hh is not None:
         assert operand is not None
-        product = _product(v, options, operand)
+        product = product_of(v, options, operand)
     found = lstm_backward(
         ready(given.out),
         ready(given.h_n),

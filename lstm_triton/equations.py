@@ -41,7 +41,7 @@ class Variants(NamedTuple):
     """What the cell computes beyond the plain LSTM; see the module's docstring.
 
     cell: options. peephole [D, 3, H], to i, f and o. gain_ih, gain_hh [D, 4H] and norm_c [D, 2, H] (gain and bias of
-    c), all or none. seed [D] int64, of the masks, if cell.draws.
+    c), all or none. seed [D] int64, of the masks, if cell.draws; the same for both directions.
     """
 
     cell: Cell = PLAIN_CELL
@@ -130,7 +130,8 @@ def cell_forward(
         kept_g = g * philox.dropout_scale(bits_g, cell.recurrent_dropout, g.dtype)
     c = f * c_prev + i * kept_g
     if cell.cell_clip:
-        c = c.clamp(-cell.cell_clip, cell.cell_clip)
+        bound = cell.cell_clip  # not by `clamp`, whose decomposition inside a `scan` PyTorch 2.13 cannot export
+        c = torch.where(c > bound, bound, torch.where(c < -bound, -bound, c))
     if w_o is not None:
         o = o + w_o * c
     o, seen = clip_gradient(o, clip).sigmoid(), c

@@ -154,8 +154,8 @@ def lstm(
     if refusal and input.is_cuda and not (unmarked and aten_can()):
         warn_once_of_the_loop(refusal)
     seeds = None
-    if cell.draws:  # on the device, for CUDA graphs; one for each set of weights
-        seeds = torch.randint(2**62, (states,), device=device)
+    if cell.draws:  # on the device, for CUDA graphs; both directions of a layer have the same
+        seeds = torch.randint(2**62, (num_layers,), device=device).repeat_interleave(directions)
     if lengths is not None:
         lengths = lengths.to(input.device, torch.int64)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.

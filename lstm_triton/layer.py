@@ -185,7 +185,7 @@ def extras_of(v: Inputs, options: Options) -> Extras:
     if cell.sampled and cell.variational_h:
         batch, hidden_size = options.layout(v.x).batch, v.w_hh.shape[2]
         assert v.seed is not None
-        h_mask = sequence_mask(v.seed, batch, hidden_size, RECURRENT, cell.variational_h, v.x.dtype)
+        h_mask = sequence_mask(v.seed, batch, hidden_size, RECURRENT, cell.variational_h, v.x.dtype, options.order)
     weights = (ready(tensor) for tensor in (v.peephole, v.gain_hh, v.norm_c, v.seed))
     return Extras(cell, *weights, h_mask, options.time_begin)
 
@@ -197,7 +197,7 @@ def input_mask(v: Inputs, options: Options) -> Tensor | None:
         return None
     assert v.seed is not None
     batch, members = options.layout(v.x).batch, v.x.shape[2] if v.x.dim() == 4 else 1
-    of_members = v.seed[:: v.seed.shape[0] // members].contiguous()
+    of_members = v.seed[:: v.seed.shape[0] // members]
     mask = sequence_mask(of_members, batch, v.x.shape[-1], INPUT, cell.variational_x, v.x.dtype)  # [E, B, I]
     mask = mask.transpose(0, 1) if v.x.dim() == 4 else mask[0]
     return mask.unsqueeze(1 if options.batch_first else 0)

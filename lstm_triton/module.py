@@ -24,7 +24,7 @@ from .routing import (
     slower_reason,
 )
 from .validation import check_recompute
-from .variant import PLAIN, Variant
+from .variant import PLAIN, Variant, is_number
 
 State = tuple[Tensor, Tensor]
 
@@ -141,21 +141,19 @@ class LSTM(nn.RNNBase):
         self.batch_invariant = batch_invariant
         self.forget_bias = forget_bias
         self.learn_initial_state = learn_initial_state
+        if not isinstance(learn_initial_state, bool):
+            raise TypeError(f"learn_initial_state should be a bool, got: {learn_initial_state!r}")
+        if forget_bias is not None and not is_number(forget_bias):
+            raise TypeError(f"forget_bias should be a number or None, got: {forget_bias!r}")
+        if forget_bias is not None and coupled_gates:
+            raise ValueError(
+                f"forget_bias={forget_bias} is not possible: coupled gates have no forget gate of their own"
+            )
         super().__init__("LSTM", *args, **kwargs)
+        if forget_bias is not None and not self.bias:
+            raise ValueError(f"forget_bias={forget_bias} is not possible: the module has bias=False")
         self.variant.check(self.proj_size)
-        self._check_start()
         self._add_weights()
-
-    def _check_start(self) -> None:
-        if not isinstance(self.learn_initial_state, bool):
-            raise TypeError(f"learn_initial_state should be a bool, got: {self.learn_initial_state!r}")
-        if self.forget_bias is None:
-            return
-        if isinstance(self.forget_bias, bool) or not isinstance(self.forget_bias, (int, float)):
-            raise TypeError(f"forget_bias should be a number or None, got: {self.forget_bias!r}")
-        if not self.bias or self.variant.coupled_gates:
-            why = "the module has bias=False" if not self.bias else "coupled gates have no forget gate of their own"
-            raise ValueError(f"forget_bias={self.forget_bias} is not possible: {why}")
 
     def _add_weights(self) -> None:
         """The parameters that nn.LSTM does not have, and those of gates in the size that coupled ones have."""
@@ -178,7 +176,7 @@ class LSTM(nn.RNNBase):
                 names.append(f"{name}_l{layer}{'_reverse' if reverse else ''}")
                 setattr(self, names[-1], parameter(*shape))
         self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._init_flat_weights()
         if self.learn_initial_state:
             self.initial_h = parameter(states, self.proj_size or self.hidden_size)
             self.initial_c = parameter(states, self.hidden_size)

@@ -10,7 +10,8 @@ Shapes, with [S] = [T, B], or [B, T] with batch_first, and D sets of weights: th
 x [S, I], or [S, E, I] with inputs of their own for E members; w_ih [D, 4H, I]; w_hh [D, 4H, H]; bias
 [D, 4H] or None; h_0, c_0, reset_h, reset_c [D, B, H] or None (zeros); lengths [B] integer or None; reset
 [S] bool or None; the weights of the cell's variants, each or None: peephole [D, 3, H] and, all or none of
-them, gain_ih and gain_hh [D, 4H] and norm_c [D, 2, H]; seed [D] int64 of their masks, or None
+them, gain_ih and gain_hh [D, 4H] and norm_c [D, 2, H]; seed [D] int64 of their masks, or None (the same
+for both directions)
 -> out [S, D * H], h_n, c_n [D, B, H], and three tensors for `keep`. c_0 may have any floating type. The
 meaning of lengths and reset is `reference.py`'s, that of the variants `equations.py`'s. bidirectional:
 every second set of weights runs in reverse.

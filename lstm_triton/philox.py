@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernels.config import CHANCE_BITS
 
-STEP, RECURRENT, INPUT = 0, 1, 2  # kinds of masks, as `kernels.masks` numbers them
+STEP, RECURRENT, INPUT, REVERSE = 0, 1, 2, 4  # kinds of masks and the direction, as `kernels.masks` numbers them
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -38,10 +38,13 @@ def dropout_scale(bits: Tensor, threshold: int, dtype: torch.dtype) -> Tensor:
 
 
 def sequence_mask(seed: Tensor, batch: int, size: int, kind: int, threshold: int, dtype: torch.dtype) -> Tensor:
-    """The dropout mask of whole sequences: [D, batch, size] for seeds [D]. kind: RECURRENT or INPUT."""
+    """The dropout mask of whole sequences: [D, batch, size] for seeds [D], the second of them of the reverse direction.
+
+    kind: RECURRENT or INPUT.
+    """
     unit = torch.arange(size, device=seed.device)
     b = torch.arange(batch, device=seed.device).unsqueeze(-1)
-    bits, *_ = philox(seed.view(-1, 1, 1), (unit, b, torch.zeros_like(b), torch.full_like(b, kind)))
+    bits, *_ = philox(seed.view(-1, 1, 1), (unit, b, torch.zeros_like(b), kind + _reverse(seed)))
     return dropout_scale(bits, threshold, dtype)
 
 
@@ -49,5 +52,10 @@ def step_bits(seed: Tensor, time: Tensor, size: int) -> tuple[Tensor, Tensor, Te
     """The words that decide zoneout of h, zoneout of c and recurrent dropout: [T, D, B, size] for time [T, D, B]."""
     unit, b = torch.arange(size, device=seed.device), torch.arange(time.shape[2], device=seed.device).unsqueeze(-1)
     time = time.unsqueeze(-1)
-    bits_h, bits_c, bits_g, _ = philox(seed.view(-1, 1, 1), (unit, b, time, torch.full_like(time, STEP)))
+    bits_h, bits_c, bits_g, _ = philox(seed.view(-1, 1, 1), (unit, b, time, STEP + _reverse(seed)))
     return bits_h, bits_c, bits_g
+
+
+def _reverse(seed: Tensor) -> Tensor:
+    """[D, 1, 1]: what the kind of the second direction has on top."""
+    return REVERSE * torch.arange(seed.shape[0], device=seed.device).view(-1, 1, 1)

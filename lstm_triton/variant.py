@@ -63,8 +63,8 @@ class Variant:
             object.__setattr__(self, name, _probability(name, getattr(self, name)))
         for name in ("cell_clip", "recurrent_grad_clip"):
             bound = getattr(self, name)
-            if bound is not None and not (_is_number(bound) and 0 < bound < float("inf")):
-                error = ValueError if _is_number(bound) else TypeError
+            if bound is not None and not (is_number(bound) and 0 < bound < float("inf")):
+                error = ValueError if is_number(bound) else TypeError
                 raise error(f"{name} should be a positive number or None, got: {bound!r}")
             object.__setattr__(self, name, None if bound is None else float(bound))
         object.__setattr__(self, "peephole", self._peepholes())
@@ -152,12 +152,12 @@ class Variant:
         return torch.stack([rows.get(gate, nothing) for gate in PEEPHOLES])
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _probability(name: str, p: Any) -> float:
-    if not _is_number(p):
+    if not is_number(p):
         raise TypeError(f"{name} should be a number in [0, 1), got: {p!r}")
     if not 0 <= p < 1:
         raise ValueError(f"{name} should be a probability in [0, 1), got: {p!r}")

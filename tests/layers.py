@@ -13,14 +13,15 @@ from functools import lru_cache
 
 import torch
 from lstm_triton.kernels.backward import lstm_backward
-from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config, Layout
+from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 
 from lstm_triton import reference
+from lstm_triton.adjoint import operand_of, product_of
 from lstm_triton.equations import Variants
 from lstm_triton.layer import DIFFERENTIABLE as INPUTS
-from lstm_triton.layer import WEIGHTS, Inputs
+from lstm_triton.layer import WEIGHTS, Inputs, Options, extras_of, marks_of, projected_input
 
 DRAWS = 16
 OUTPUTS = ("out", "h_n", "c_n")
@@ -70,7 +71,7 @@ class Case:
             "gain_ih": 1 + draw(self.directions, gates, scale=0.25) if self.norm else None,
             "gain_hh": 1 + draw(self.directions, gates, scale=0.25) if self.norm else None,
             "norm_c": draw(self.directions, 2, hidden) if self.norm else None,
-            "seed": torch.arange(self.directions) + 2**40 * self.seed + 1 if self.cell.draws else None,
+            "seed": torch.full((self.directions,), 2**40 * self.seed + 1) if self.cell.draws else None,
         }
         if self.lengths:
             given["lengths"] = torch.randint(0, self.seq_len + 1, (self.batch,), generator=generator)
@@ -157,20 +158,24 @@ def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case) -> None:
 
 
 def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_backward=lstm_backward) -> list[Tensor]:
-    """Only the two recurrences, by the launchers: out, h_n, c_n, dgates, dc_0."""
+    """Only the two recurrences, by the launchers: out, h_n, c_n, dgates, dc_0, and gradients of variants."""
     given = {n: t.to(case.dtype) if t is not None and t.is_floating_point() else t for n, t in case.tensors().items()}
-    layout = Layout(case.batch, case.seq_len, case.batch_first)
-    gates = given["x"].flatten(0, 1) @ given["w_ih"].flatten(0, 1).t() + given["bias"].flatten()
-    gates = gates.view(layout.rows, case.directions, -1).contiguous()
-    lengths = None if given["lengths"] is None else given["lengths"].to(torch.int32)
-    reset = None if given["reset"] is None else given["reset"].reshape(-1)
-    state = (given["h_0"], given["c_0"]) if case.state else None
-    reset_state = (given["reset_h"], given["reset_c"]) if case.reset else None
-    out, h_n, c_n, cells, _ = run_forward(
-        gates, given["w_hh"], state, layout, config, "ieee", True, lengths, reset, reset_state
+    v = Inputs(**{name: given[name] for name in Inputs._fields})
+    order = "both" if case.directions == 2 else "forward"
+    options = Options(case.batch_first, order, False, "ieee", "", case.cell)
+    layout, gates, extras = options.layout(v.x), projected_input(v, options).contiguous(), extras_of(v, options)
+    lengths, reset = marks_of(v, layout)
+    state = (v.h_0, v.c_0) if case.state else None
+    reset_state = (v.reset_h, v.reset_c) if case.reset else None
+    out, h_n, c_n, cells, stats = run_forward(
+        gates, v.w_hh, state, layout, config, "ieee", True, lengths, reset, reset_state, extras=extras
     )
+    product = None
+    if case.norm:
+        by_time = out.view(*v.x.shape[:2], -1)
+        product = product_of(v, options, operand_of(v, options, extras, by_time))
     found = run_backward(
-        given["dout"], given["dh_n"], given["dc_n"], gates, cells, given["w_hh"], given["c_0"],
-        layout, config, "ieee", lengths, reset, given["reset_c"],
+        given["dout"], given["dh_n"], given["dc_n"], gates, cells, v.w_hh, v.c_0,
+        layout, config, "ieee", lengths, reset, v.reset_c, extras=extras, product=product, stats=stats,
     )  # fmt: skip
-    return [out, h_n, c_n, found.dgates, found.dc_0]
+    return [out, h_n, c_n, *(tensor for tensor in (*found[:2], *found[3:]) if tensor is not None)]

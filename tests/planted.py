@@ -1,22 +1,75 @@
-"""Kernels with a bug planted in them: a copy of a kernel module with one line of its text changed."""
+"""Changed copies of kernel modules: with a bug planted in one line, or without what some arguments leave out."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import lstm_triton.kernels
 
 
+def source_of(name: str) -> str:
+    return Path(lstm_triton.kernels.__path__[0], f"{name}.py").read_text()
+
+
 def plant(folder: Path, name: str, *changes: tuple[str, str]) -> ModuleType:
     """Load kernels/`name`.py with every (old, new) applied; a change that finds nothing is an error."""
-    source = Path(lstm_triton.kernels.__path__[0], f"{name}.py").read_text()
+    source = source_of(name)
     for old, new in changes:
         if source.count(old) != 1:
             raise ValueError(f"{name}.py has {source.count(old)} places that read {old!r}, expected one")
         source = source.replace(old, new)
+    return load(folder, name, source)
+
+
+class _Prune(ast.NodeTransformer):
+    """Takes out what a condition over these names never reaches."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.removed = 0
+
+    def _value(self, test: ast.expr) -> Any:
+        """What a condition is, or an Ellipsis if more than these names decides it."""
+        used = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+        if not used <= self.values.keys():
+            return ...
+        return eval(compile(ast.Expression(test), "condition", "eval"), {}, dict(self.values))
+
+    def _branch(self, node: Any) -> Any:
+        value = self._value(node.test)
+        if value is ...:
+            return node
+        self.removed += 1
+        return node.body if value else node.orelse
+
+    def visit_If(self, node: ast.If) -> Any:
+        return self._branch(self.generic_visit(node))
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        return self._branch(self.generic_visit(node))
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
+        neutral = isinstance(node.op, ast.And)
+        values = [value for value in node.values if self._value(value) is ... or bool(self._value(value)) != neutral]
+        return values[0] if len(values) == 1 else ast.BoolOp(node.op, values) if values else ast.Constant(neutral)
+
+
+def prune(folder: Path, name: str, values: dict[str, Any], *changes: tuple[str, str]) -> tuple[ModuleType, int]:
+    """kernels/`name`.py without the lines that these values of its arguments leave out; how many places that were."""
+    pruner = _Prune(values)
+    source = ast.unparse(ast.fix_missing_locations(pruner.visit(ast.parse(source_of(name)))))
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    return load(folder, name, source), pruner.removed
+
+
+def load(folder: Path, name: str, source: str) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source)
     # Inside the package, so that its relative imports hold.

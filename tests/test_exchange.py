@@ -9,8 +9,8 @@ import pytest
 import torch
 from interpreter import Deadlock, cooperative
 from layers import Case, run_recurrence
-from lstm_triton.kernels import backward, forward, product
-from lstm_triton.kernels.config import Config
+from lstm_triton.kernels import backward, forward, norm, product
+from lstm_triton.kernels.config import Cell, Config, chance
 from planted import plant
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Traps(Case):
         return given
 
 
+# What adds to the exchange: sums are shared twice a step, and a masked h is sent in place of h.
+NORM = Case(seq_len=3, batch=3, hidden_size=40, norm=True, cell=Cell(sampled=True, variational_h=chance(0.3)))
 CASE = Case(seq_len=4, batch=3, hidden_size=40, directions=2)  # three hidden tiles, the last one half empty
 TRAPS = Traps(seq_len=3, batch=3, hidden_size=40)
 
@@ -45,17 +47,18 @@ def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
-def test_a_hundred_schedules_give_the_same_bits(protocol: str) -> None:
+@pytest.mark.parametrize(("case", "seeds"), [(CASE, SEEDS), (NORM, SEEDS[:20])], ids=["plain", "variants"])
+def test_a_hundred_schedules_give_the_same_bits(case: Case, seeds: range, protocol: str) -> None:
     """Forward and backward, outputs and gradients; and the schedules do differ."""
     with cooperative(0) as scheduler:
-        first = run_recurrence(CASE, grid(protocol))
+        first = run_recurrence(case, grid(protocol))
     traces = {tuple(scheduler.trace)}
-    for seed in SEEDS[1:]:
+    for seed in seeds[1:]:
         with cooperative(seed) as scheduler:
-            results = run_recurrence(CASE, grid(protocol))
+            results = run_recurrence(case, grid(protocol))
         assert same_bits(first, results), f"schedule {seed} changes the result"
         traces.add(tuple(scheduler.trace))
-    assert len(traces) == len(SEEDS)
+    assert len(traces) == len(seeds)
 
 
 def test_the_exchange_does_not_show_in_the_result() -> None:
@@ -86,6 +89,10 @@ def test_lengths_and_resets_under_schedules(protocol: str) -> None:
 def test_nan_and_inf_terminate(dtype: torch.dtype, protocol: str, where: str, value) -> None:
     """Neither hangs a kernel, and rows of the batch that hold none of it are untouched."""
 
+    check_termination(Case(seq_len=3, batch=3, hidden_size=20, dtype=dtype), protocol, where, value)
+
+
+def check_termination(case: Case, protocol: str, where: str, value) -> None:
     @dataclass(frozen=True)
     class Broken(Case):
         def tensors(self) -> dict[str, Tensor | None]:
@@ -95,14 +102,20 @@ def test_nan_and_inf_terminate(dtype: torch.dtype, protocol: str, where: str, va
             given[where][0, 0] = bits if value == "empty" else value
             return given
 
-    sizes = dict(seq_len=3, batch=3, hidden_size=20, dtype=dtype)
     with cooperative(1, patience=20_000):
-        out, _, _, dgates, _ = run_recurrence(Broken(**sizes), grid(protocol))
-        clean = run_recurrence(Case(**sizes), grid(protocol))
+        out, _, _, dgates, *_ = run_recurrence(Broken(**vars(case)), grid(protocol))
+        clean = run_recurrence(case, grid(protocol))
     if where != "w_hh":  # that one is shared by all rows
         others = torch.arange(9) % 3 != 0
         assert torch.equal(out[others], clean[0][others])
         assert torch.equal(dgates[others], clean[3][others])
+
+
+@pytest.mark.parametrize("protocol", ["mailbox", "flags"])
+@pytest.mark.parametrize("where", ["x", "h_0", "dout"])
+@pytest.mark.parametrize("value", ["empty", float("inf")])
+def test_nan_and_inf_terminate_with_layer_norm(protocol: str, where: str, value) -> None:
+    check_termination(Case(seq_len=3, batch=3, hidden_size=20, norm=True), protocol, where, value)
 
 
 def test_a_deadlock_is_an_error() -> None:
@@ -122,33 +135,60 @@ def _launch_without_the_last_tile(kernel, *arguments, **keywords) -> None:
 
 # A bug takes one step of the protocol away: a change of one kernel module's text.
 FORWARD_STORE = "        tl.store(out + sequence, h_t, mask=owned)\n"
-FORWARD_FLAG = "        raise_flag(flags, hidden_tile, step + 1, PROTOCOL)\n"
-BACKWARD_STORE = "        tl.store(dgates + offset + 3 * H, d_o, mask=owned)\n"
-BACKWARD_FLAG = "        raise_flag(flags, hidden_tile, seq_len - step, PROTOCOL)\n"
-EMPTYING = "exchanged.view(_INTEGER_OF_SIZE[exchanged.element_size()]).fill_(-1)"
+FORWARD_FLAG = "        raise_flag(flags, hidden_tile, (step + 1) * PUBLISHED, PROTOCOL)\n"
+BACKWARD_STORE = "        store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)\n"
+BACKWARD_FLAG = "        raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)\n"
+SHARE_STORE = "    tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)\n"
+SHARE_FLAG = "    raise_flag(flags, own_tile, count, PROTOCOL)\n"
+EMPTYING = "buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)"
 WAITING = "waiting = in_batch & (step > 0) & (restart == 0)"
-BUGS = {
-    "forward: nothing published": ("flags", "forward", FORWARD_FLAG, ""),
-    "forward: flag before its data": ("flags", "forward", FORWARD_STORE + FORWARD_FLAG, FORWARD_FLAG + FORWARD_STORE),
-    "forward: a step too few": ("flags", "forward", "await_flags(flags, step, ", "await_flags(flags, step - 1, "),
-    "forward: initial state awaited": ("mailbox", "forward", WAITING, "waiting = in_batch & (restart == 0)"),
-    "backward: nothing published": ("flags", "backward", BACKWARD_FLAG, ""),
+BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
+    "forward: nothing published": ("flags", "forward", (FORWARD_FLAG, "")),
+    "forward: flag before its data": (
+        "flags",
+        "forward",
+        (FORWARD_STORE, ""),
+        (FORWARD_FLAG, FORWARD_FLAG + FORWARD_STORE),
+    ),
+    "forward: a step too few": ("flags", "forward", ("await_flags(flags, step * ", "await_flags(flags, -1 + step * ")),
+    "forward: initial state awaited": ("mailbox", "forward", (WAITING, "waiting = in_batch & (restart == 0)")),
+    "backward: nothing published": ("flags", "backward", (BACKWARD_FLAG, "")),
     "backward: flag before its data": (
         "flags",
         "backward",
-        BACKWARD_STORE + BACKWARD_FLAG,
-        BACKWARD_FLAG + BACKWARD_STORE,
+        (BACKWARD_STORE, ""),
+        (BACKWARD_FLAG, BACKWARD_FLAG + BACKWARD_STORE),
     ),
-    "backward: a step too few": ("flags", "backward", "(flags, seq_len - 1 - step, ", "(flags, seq_len - 2 - step, "),
-    "flags of an earlier launch": ("flags", "launch", "exchanged.new_zeros((", "99 + exchanged.new_zeros(("),
-    "mailboxes never emptied": ("mailbox", "launch", EMPTYING, "pass"),
-    "mailboxes of an earlier launch": ("mailbox", "launch", EMPTYING, "exchanged.fill_(0.5)"),
-    "mailboxes read at once": ("mailbox", "exchange", "& waiting).to(tl.int32)) != 0", "& waiting).to(tl.int32)) > 1"),
+    "backward: a step too few": (
+        "flags",
+        "backward",
+        ("(flags, (seq_len - 1 - step) *", "(flags, (seq_len - 2 - step) *"),
+    ),
+    "flags of an earlier launch": ("flags", "launch", ("exchanged.new_zeros((", "99 + exchanged.new_zeros((")),
+    "mailboxes never emptied": ("mailbox", "launch", (EMPTYING, "pass")),
+    "mailboxes of an earlier launch": ("mailbox", "launch", (EMPTYING, "buffer.fill_(0.5)")),
+    "mailboxes read at once": (
+        "mailbox",
+        "exchange",
+        ("& waiting).to(tl.int32)) != 0", "& waiting).to(tl.int32)) > 1"),
+    ),
     "NaN with the bits of an empty mailbox": (
         "mailbox",
         "exchange",
-        "tl.where(bits == EMPTY, OTHER_NAN, bits)",
-        "bits",
+        ("tl.where(bits == EMPTY, OTHER_NAN, bits)", "bits"),
+    ),
+    "share: nothing published": ("flags", "exchange", (SHARE_FLAG, "")),
+    "share: flag before its data": ("flags", "exchange", (SHARE_STORE, ""), (SHARE_FLAG, SHARE_FLAG + SHARE_STORE)),
+    "share: a tile too few": (
+        "flags",
+        "exchange",
+        ("    await_flags(flags, count, ", "    await_flags(flags, count - 1, "),
+    ),
+    "share: mailboxes of an earlier launch": ("mailbox", "launch", ("in self.exchanged:", "in self.exchanged[:1]:")),
+    "norm: what follows is not awaited": (
+        "flags",
+        "forward",
+        ("PUBLISHED: tl.constexpr = 3 if NORM else 1", "PUBLISHED: tl.constexpr = 2"),
     ),
 }
 
@@ -156,15 +196,15 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the step that the bug removes, some schedule deadlocks or changes a bit."""
-    protocol, module, old, new = BUGS[bug]
-    case = TRAPS if protocol == "mailbox" else CASE
+    protocol, module, *changes = BUGS[bug]
+    case = NORM if bug.startswith(("share", "norm")) else TRAPS if protocol == "mailbox" else CASE
     with cooperative(0):
         right = run_recurrence(case, grid(protocol))
-    planted = plant(tmp_path, module, (old, new))
+    planted = plant(tmp_path, module, *changes)
     run_forward, run_backward = forward.lstm_forward, backward.lstm_backward
     if module == "exchange":
-        for user in (forward, backward, product):
-            for name in {"collect", "publishable"} & vars(user).keys():
+        for user in (forward, backward, product, norm):
+            for name in {"collect", "publishable", "share"} & vars(user).keys():
                 monkeypatch.setattr(user, name, getattr(planted, name))
     elif module == "launch":
 

@@ -1,0 +1,120 @@
+"""The variants of the cell compiled ahead of time: nothing where they are off, and no spills where they are on."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lstm_triton.kernels import activate, backward, forward, masks
+from lstm_triton.kernels import compile as compiler
+from lstm_triton.kernels.config import Cell, Layout, chance
+from lstm_triton.kernels.extras import Extras
+from planted import prune
+
+from lstm_triton.device import KNOWN
+from lstm_triton.planner import plan
+from lstm_triton.problem import PASSES, Problem
+
+pytestmark = pytest.mark.aot
+REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
+
+# What the arguments of the variants are for the plain cell.
+OFF = dict.fromkeys(
+    [
+        *("peephole", "gain_hh", "norm_c", "seed", "h_mask", "masked_h_0", "masked_reset_h", "sent", "pairs", "stats"),
+        *("product", "dproduct", "dh_0", "dh_reset", "dpeephole", "dnorm_c"),
+        *("zoneout_h", "zoneout_c", "recurrent_dropout", "cell_clip", "grad_clip", "bound"),
+        *("w_ci", "w_cf", "w_co", "g_scale", "keep", "keep_h", "keep_c", "threshold"),
+    ]
+) | dict.fromkeys(["NORM", "COUPLED", "SAMPLED"], False)
+
+
+def code(binary) -> str:
+    """PTX without what says from which line of which file it came."""
+    lines = (
+        line
+        for line in binary.asm["ptx"].split(".section")[0].splitlines()
+        if not re.match(r"\s*(\.loc|\.file|//|\$L__tmp)", line)
+    )
+    return "\n".join(re.sub(r"\s*//.*", "", line) for line in lines)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 512, 650])
+@pytest.mark.parametrize("which", PASSES)
+def test_variants_that_are_off_leave_nothing_in_the_binary(
+    which: str, hidden_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels with every line of the variants taken out compile to the same code."""
+    config = plan(Problem(which, hidden_size, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
+    options = dict(lengths=True, reset=True)
+    ours = code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, **options))
+    cell, removed = prune(tmp_path, "cell", OFF)
+    assert removed >= 10
+    change = ("from .cell import", f"from .{cell.__name__.rpartition('.')[2]} import")
+    bare, removed = prune(tmp_path, which, OFF, change)
+    assert removed >= 10
+    text = Path(bare.__file__).read_text()
+    assert "norm_gates(" not in text
+    assert "step_bits(" not in text
+    launcher = f"lstm_{which}"
+    monkeypatch.setattr(compiler, launcher, getattr(bare, launcher))
+    assert code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, **options)) == ours
+    # The test can fail: a variant that is on does change it.
+    on = code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, cell=Cell(cell_clip=1.0)))
+    assert on != ours
+
+
+def test_default_plans_of_variants_do_not_spill_and_fit(tmp_path: Path) -> None:
+    """The most expensive ones, on every target; `perf/compile_report.py --variant every` has the rest."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, REPORT, "--json", path, "--variant", "layer_norm", "everything", "--dtype", "bfloat16"]
+    command += ["--hidden-size", "64", "512", "1024", "--batch", "16", "128"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads(path.read_text())
+    assert {row["device"]["arch"] for row in rows} == set(KNOWN)
+    assert all(row["report"]["loop_instructions"] > 100 for row in rows)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_small_kernels_compile(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of whole sequences, and the activation of recomputed gates."""
+    cell, meta = (
+        Cell(True, chance(0.1), chance(0.1), chance(0.1), chance(0.1), chance(0.1), 1.0, 1.0),
+        {"device": "meta"},
+    )
+    seed, gates = torch.empty(2, dtype=torch.int64, **meta), torch.empty((6, 2, 80), dtype=dtype, **meta)
+    extras = Extras(cell, torch.empty((2, 3, 20), dtype=dtype, **meta), seed=seed)
+    compiled = []
+
+    class Warm:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *a, **k: compiled.append(self.kernel.run(*a, grid=grid, warmup=True, **k))
+
+    monkeypatch.setattr(activate, "activate_kernel", Warm(activate.activate_kernel))
+    monkeypatch.setattr(masks, "sequence_mask_kernel", Warm(masks.sequence_mask_kernel))
+    with compiler.compiling_for(arch):
+        masks.sequence_mask(seed, 3, 20, 1, chance(0.3), dtype, "both")
+        activate.activate(gates, torch.empty((6, 2, 20), dtype=dtype, **meta), Layout(3, 2, False), "both", extras)
+    assert len(compiled) == 2
+    assert all(compiler.report_of(binary).spills == 0 for binary in compiled)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_new_probabilities_compile_nothing(which: str) -> None:
+    config = plan(Problem(which, 64, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
+    kernel = {"forward": forward.lstm_forward_kernel, "backward": backward.lstm_backward_kernel}[which]
+    first, second = (Cell(sampled=True, zoneout_h=chance(p), recurrent_dropout=chance(p / 2)) for p in (0.5, 0.1))
+    one = compiler.compile_pass(which, config, "sm_90", 64, torch.bfloat16, cell=first)
+    before = sum(len(cache[0]) for cache in kernel.device_caches.values())
+    assert compiler.compile_pass(which, config, "sm_90", 64, torch.bfloat16, cell=second) is one
+    assert sum(len(cache[0]) for cache in kernel.device_caches.values()) == before
