@@ -211,7 +211,8 @@ def lstm_backward_kernel(
         keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
         g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
         if NORM:
-            z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
+            if PLACEMENT != "local":
+                z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
             of_row = stats + (rows * D + direction) * 4
             mean_z = tl.load(of_row, mask=in_batch, other=0.0)
             rstd_z = tl.load(of_row + 1, mask=in_batch, other=0.0)
@@ -294,6 +295,8 @@ def lstm_backward_kernel(
         d_g, d_o = publishable(da_g, dtype), publishable(da_o, dtype)
         store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
         if NORM:
+            if PLACEMENT == "local":  # late, with nobody to wait for: its tiles are large, and registers few
+                z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
             dz_i, dz_f, dz_g, dz_o = norm_gates_backward(
                 da_i, da_f, da_g, da_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean_z, rstd_z, live, owned,
                 hidden_tile, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,

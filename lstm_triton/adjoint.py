@@ -23,6 +23,7 @@ from .layer import (
     choose_config,
     extras_of,
     input_mask,
+    kind_of,
     marks_of,
     projected,
     projected_input,
@@ -90,7 +91,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """The wanted gradients by name, in types of our own: sums over steps may come in the compute type."""
     layout = options.layout(v.x)
-    config = choose_config("backward", options, v.w_hh, layout.batch, v.gain_hh is not None)
+    config = choose_config("backward", options, v.w_hh, layout.batch, kind_of(v, options))
     lengths, reset = marks_of(v, layout)
     extras, operand, product = extras_of(v, options), None, None
     if wanted["w_hh"] or v.gain_hh is not None:

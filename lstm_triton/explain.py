@@ -102,8 +102,8 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     one_step = isinstance(module, LSTMCell) or (not packed and _steps(module, data) == 1)
     one_step = one_step and not invariant
     precision, device = resolve_precision(module.precision or ""), kernel_device(data.device)
-    norm = isinstance(module, LSTM) and module.variant.layer_norm
-    return _explanation(call, precision, device, reason, one_step, norm)
+    kind = module.variant.kind(module.training) if isinstance(module, LSTM) else "plain"
+    return _explanation(call, precision, device, reason, one_step, kind)
 
 
 def explain_call(
@@ -126,7 +126,7 @@ def explain_call(
 
 
 def _explanation(
-    call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool, norm: bool = False
+    call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool, kind: str = "plain"
 ) -> Explanation:
     asked: tuple[Algorithm, ...] = ()
     if isinstance(device, Device) and device.is_nvidia:
@@ -134,16 +134,16 @@ def _explanation(
     if reason:
         return Explanation(tuple(LayerPath(n, "torch", reason, (), asked) for n in range(call.num_layers)))
     assert isinstance(device, Device)
-    passes = tuple(_pass(which, call, precision, device, one_step, norm) for which in PASSES)
+    passes = tuple(_pass(which, call, precision, device, one_step, kind) for which in PASSES)
     why = f"a plan exists for {call.dtype} on {device.name}"
     return Explanation(tuple(LayerPath(n, "triton", why, passes, asked) for n in range(call.num_layers)))
 
 
-def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool, norm: bool) -> PassPath:
-    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision, norm)
+def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool, kind: str) -> PassPath:
+    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision, kind)
     chosen = plan_for(problem, device)
     assert not isinstance(chosen, NoPlan)
-    single = plan_single(problem, device) if one_step and which == "forward" and not norm else None
+    single = plan_single(problem, device) if one_step and which == "forward" and not problem.norm else None
     if single is not None:
         chosen = Plan(single, "heuristic")
     work = work_per_step(chosen.config, problem)

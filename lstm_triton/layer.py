@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import planner
 from .equations import norm_gates
-from .kernels.config import Cell, Config, Layout
+from .kernels.config import PLAIN_CELL, Cell, Config, Layout
 from .kernels.extras import Extras
 from .kernels.forward import lstm_forward
 from .kernels.masks import sequence_mask
@@ -128,8 +128,16 @@ def refusal(v: Inputs, options: Options) -> str:
     return "" if none is None else none.reason
 
 
-def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, norm: bool = False) -> Config:
-    """The config of one pass: from the `plan` argument, else from the planner. norm: with layer normalisation."""
+def kind_of(v: Inputs, options: Options) -> str:
+    """One of `problem.KINDS`."""
+    plain = options.cell == PLAIN_CELL and v.peephole is None
+    if v.gain_hh is not None:
+        return "norm" if plain else "norm+"
+    return "plain" if plain else "variant"
+
+
+def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, kind: str = "plain") -> Config:
+    """The config of one pass: from the `plan` argument, else from the planner. kind: of the cell."""
     sets, _, hidden_size = w_hh.shape
     if options.plan:
         texts = options.plan.split("|")
@@ -145,7 +153,7 @@ def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, norm: 
         raise RuntimeError(f"lstm_triton: {device.reason}")
     # One config for all batches: its tiles say in which order a row's sums are made.
     batch = SMALLEST_BATCH if options.batch_invariant else batch
-    problem = Problem(which, hidden_size, batch, sets, dtype, options.precision, norm)
+    problem = Problem(which, hidden_size, batch, sets, dtype, options.precision, kind)
     if w_hh.is_cuda and AUTOTUNE.read() == "on":
         from .tuning import first_call
 
@@ -246,7 +254,7 @@ def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None
     config = _single_config(v, options, layout)
     gates = projection = None
     if config is None:
-        config = choose_config("forward", options, v.w_hh, layout.batch, v.gain_hh is not None)
+        config = choose_config("forward", options, v.w_hh, layout.batch, kind_of(v, options))
         gates = projected_input(v, options)
     else:
         rows = _masked_input(v, options).view(layout.batch, v.x.shape[2])

@@ -143,7 +143,9 @@ def _local(problem: Problem, device: Device) -> Iterator[Config]:
     if problem.without_tensor_cores and device.arch != "interpreter":
         return  # without tensor cores a resident W_hh would have to sit in registers, and does not fit
     for block_b, warps in itertools.product((16, 32, 64), (4, 8) if block > 32 and device.is_nvidia else (4,)):
-        config = Config("local", "none", True, device.has_wgmma, 1, block_b, block, block, warps)
+        # wgmma takes more registers than the backward pass of variants leaves.
+        units_first = device.has_wgmma and (problem.kind == "plain" or problem.which == "forward")
+        config = Config("local", "none", True, units_first, 1, block_b, block, block, warps)
         if fits(config, problem, device):
             yield config
 
@@ -177,7 +179,7 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     state = config.block_b * config.block_h / threads
     split_precision = problem.precision == "tf32x3" and problem.dtype == "float32"
     if config.placement == "local":
-        return state <= (2 if split_precision else 8)
+        return state <= (2 if split_precision else 4 if problem.kind == "norm+" else 8)
     forward = problem.which == "forward"
     tile = config.block_b * config.block_k * words / threads
     row_block = config.block_b * problem.depth * words / threads
@@ -199,6 +201,8 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
         budget = max(8.0, budget / 2)
     if flags and not config.resident:
         return False  # the compiler pipelines the tile's loads too, on top of the weights'
+    if problem.norm:
+        most_state = min(most_state, 2.0 if problem.kind == "norm" else 1.0)
     # The addresses of all resident chunks are alive at once; under flags so are their loads, which
     # no polling loop keeps apart.
     if config.resident and row_block > most_row and (forward or flags):

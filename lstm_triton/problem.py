@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PASSES = ("forward", "backward")
+KINDS = ("plain", "variant", "norm", "norm+")  # of cells: with variants, layer normalisation, and that with others
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SMALLEST_BATCH, LARGEST_BATCH = 16, 4096  # a dot has at least 16 rows; beyond, only more launches
 
@@ -28,7 +29,12 @@ class Problem:
     directions: int
     dtype: str
     precision: str
-    norm: bool = False  # layer normalisation: programs share sums within a step
+    kind: str = "plain"  # of the cell, see KINDS
+
+    @property
+    def norm(self) -> bool:
+        """Whether programs share sums within a step."""
+        return self.kind.startswith("norm")
 
     @property
     def element_size(self) -> int:

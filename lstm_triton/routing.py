@@ -40,7 +40,7 @@ class Request(NamedTuple):
     precision: str
     hidden_size: int
     directions: int
-    kind: str = "plain"  # of the cell: or "variant", "norm" with layer normalisation among its variants
+    kind: str = "plain"
 
 
 def kernel_device(device: torch.device) -> Device | NoPlan:
@@ -175,7 +175,7 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
     assert isinstance(target, Device)
     for which in PASSES:
         sizes = request.hidden_size, 16, request.directions
-        problem = Problem(which, *sizes, request.dtype, request.precision, request.kind == "norm")
+        problem = Problem(which, *sizes, request.dtype, request.precision, request.kind)
         chosen = plan_for(problem, target)
         if isinstance(chosen, NoPlan):
             return chosen.reason

@@ -127,10 +127,11 @@ class Variant:
         )
 
     def kind(self, training: bool) -> str:
-        """ "plain", "variant", or "norm" where layer normalisation is among the variants: see `routing`."""
+        """What the planner wants to know: one of `problem.KINDS`."""
+        plain = self.cell(training) == PLAIN_CELL and not self.peephole
         if self.layer_norm:
-            return "norm"
-        return "plain" if self.cell(training) == PLAIN_CELL and not self.peephole else "variant"
+            return "norm" if plain else "norm+"
+        return "plain" if plain else "variant"
 
     def asked(self) -> dict[str, Any]:
         """The options that are not at their defaults."""

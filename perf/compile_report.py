@@ -45,6 +45,7 @@ VARIANTS = {
     "layer_norm": Variant(layer_norm=True),
 }
 _all = {name: value for variant in VARIANTS.values() for name, value in variant.asked().items()}
+VARIANTS["all_but_layer_norm"] = Variant(**(_all | {"coupled_gates": False, "layer_norm": False}))
 VARIANTS["everything"] = Variant(**(_all | {"coupled_gates": False}))  # with four gates there is more of it
 
 
@@ -103,8 +104,8 @@ def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[st
             for hidden_size in hidden_sizes:
                 for batch in batches:
                     for which, variant in itertools.product(PASSES, variants):
-                        norm, bucket = VARIANTS[variant].layer_norm, bucket_of_batch(batch)
-                        problem = Problem(which, hidden_size, bucket, 1, dtype, precision, norm)
+                        kind, bucket = VARIANTS[variant].kind(training=True), bucket_of_batch(batch)
+                        problem = Problem(which, hidden_size, bucket, 1, dtype, precision, kind)
                         for config in candidates(problem, device) if every else default_configs(problem, device):
                             # How many batch tiles share a launch is no part of the binary.
                             tiles = config.encode().rpartition(" ")[0]

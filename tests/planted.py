@@ -56,7 +56,8 @@ class _Prune(ast.NodeTransformer):
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
         neutral = isinstance(node.op, ast.And)
         values = [value for value in node.values if self._value(value) is ... or bool(self._value(value)) != neutral]
-        return values[0] if len(values) == 1 else ast.BoolOp(node.op, values) if values else ast.Constant(neutral)
+        found = values[0] if len(values) == 1 else ast.BoolOp(node.op, values) if values else ast.Constant(neutral)
+        return ast.copy_location(found, node)
 
 
 def prune(folder: Path, name: str, values: dict[str, Any], *changes: tuple[str, str]) -> tuple[ModuleType, int]:
