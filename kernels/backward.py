@@ -6,11 +6,11 @@ Buffers (layouts in tiles.py; T*B rows):
 - dgates [rows, D, 4, H]: gradient of the pre-activations, written once, 0 beyond a row's length;
   with an exchange also what programs hand each other. Everything that is a function of it over
   the whole sequence (dx, dW, db, dh_0) is a GEMM or a reduction after the launch.
-- dc_0 [D, B, H]: gradient of the initial cell state; dc_reset [D, B, H]: of the reset one,
-  summed over a row's resets.
-- carry_dc, carry_dc_reset [D, B, H] in the compute type: state between launches, `stepwise` only.
+- dc_0 [D, B, H]: gradient of the initial cell state; dc_reset [D, B, H]: of the reset one, summed
+  over a row's resets. Both in the compute type; between the launches of `stepwise` they hold the
+  state, and so do those of the following that are sums.
 
-And with variants of the cell, each in the compute type, summed over the steps:
+With variants of the cell, each in the compute type:
 - dh_0, dh_reset [D, B, H]: what reaches the initial and the reset h by zoneout, not through the recurrent product.
 - dpeephole [3, D, B, H], dnorm_c [2, D, B, H]: gradients of these weights, for each row of the batch.
 - product [rows, D, 4, H]: h_{t-1} W_hh^T, for layer normalisation, with the stats of the forward pass.
@@ -19,22 +19,22 @@ And with variants of the cell, each in the compute type, summed over the steps:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
-from .extras import PLAIN, RUNTIME_EXTRAS, Extras
+from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
-from .norm import norm_backward, norm_gates_backward
+from .norm import load_moments, norm_backward, norm_gates_backward
 from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
 from .tiles import (
     RUNTIME_SIZES,
+    begin_sum,
     load_gates,
     of_gates,
     of_units,
@@ -46,15 +46,6 @@ from .tiles import (
     store_gates,
     time_of,
 )
-
-
-@triton.jit
-def begin_sum(buffer, state, owned, compute: tl.constexpr, CARRIED: tl.constexpr):
-    """A state tile of zeros, or what an earlier launch has left of this sum."""
-    if CARRIED:
-        return tl.load(buffer + state, mask=owned, other=0.0)
-    else:
-        return tl.zeros(owned.shape, compute)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
@@ -72,8 +63,6 @@ def lstm_backward_kernel(
     dgates,  # [rows, D, 4, H]
     dc_0,  # [D, B, H]
     dc_reset,  # [D, B, H] or None
-    carry_dc,  # [D, B, H] or None
-    carry_dc_reset,  # [D, B, H] or None
     lengths,  # [B] int32 or None
     reset,  # [rows] uint8 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
@@ -91,33 +80,16 @@ def lstm_backward_kernel(
     dpeephole,  # [3, D, B, H] or None
     dnorm_c,  # [2, D, B, H] or None
     time_begin,  # time of the first row, where this is a window of a longer sequence
-    zoneout_h,  # probabilities in units of 2^-24, None for 0
-    zoneout_c,
-    recurrent_dropout,
-    cell_clip,  # None for none
-    grad_clip,
-    batch,
-    seq_len,
-    row_stride_t,
-    row_stride_b,
+    zoneout_h, zoneout_c, recurrent_dropout,  # probabilities in units of 2^-24, None for 0
+    cell_clip, grad_clip,  # None for none
+    batch, seq_len, row_stride_t, row_stride_b,
     first_tile,  # first batch tile of this launch
-    step_begin,
-    step_end,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COUPLED: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    PLACEMENT: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    step_begin, step_end,
+    H: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
+    COUPLED: tl.constexpr, SAMPLED: tl.constexpr,
+    PLACEMENT: tl.constexpr, PROTOCOL: tl.constexpr, RESIDENT: tl.constexpr, UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps step_end - 1 .. step_begin."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     NORM: tl.constexpr = gain_hh is not None
@@ -134,14 +106,12 @@ def lstm_backward_kernel(
     if flags is not None:
         flags += (direction * tl.cdiv(batch, BLOCK_B) + batch_tile) * TILES
 
-    dc = tl.zeros(owned.shape, compute)
-    dc_fresh = tl.zeros(owned.shape, compute)
-    if PLACEMENT == "stepwise":
-        dc = tl.load(carry_dc + state, mask=owned, other=0.0)
-        if dc_reset is not None:
-            dc_fresh = tl.load(carry_dc_reset + state, mask=owned, other=0.0)
-    elif dc_n is not None:
+    CARRIED: tl.constexpr = PLACEMENT == "stepwise"
+    dc = begin_sum(dc_0, state, owned, compute, CARRIED)
+    if dc_n is not None and not CARRIED:
         dc = tl.load(dc_n + state, mask=owned, other=0.0).to(compute)
+    if dc_reset is not None:
+        dc_fresh = begin_sum(dc_reset, state, owned, compute, CARRIED)
 
     w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
     w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
@@ -153,8 +123,6 @@ def lstm_backward_kernel(
     STATES = tl.cast(batch, tl.int64) * (D * H)  # from one sum of dpeephole, dnorm_c to the next
     if h_mask is not None:
         own_mask = tl.load(h_mask + state, mask=owned, other=0.0).to(compute)
-    # Sums over all steps; between the launches of `stepwise` they stand in their buffers.
-    CARRIED: tl.constexpr = PLACEMENT == "stepwise"
     if zoneout_h is not None:
         dh_old = begin_sum(dh_0, state, owned, compute, CARRIED)
         if dh_reset is not None:
@@ -213,11 +181,7 @@ def lstm_backward_kernel(
         if NORM:
             if PLACEMENT != "local":
                 z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
-            of_row = stats + (rows * D + direction) * 4
-            mean_z = tl.load(of_row, mask=in_batch, other=0.0)
-            rstd_z = tl.load(of_row + 1, mask=in_batch, other=0.0)
-            mean_c = per_row(tl.load(of_row + 2, mask=in_batch, other=0.0), UNITS_FIRST)
-            rstd_c = tl.load(of_row + 3, mask=in_batch, other=0.0)
+            mean_z, rstd_z, mean_c, rstd_c = load_moments(stats + (rows * D + direction) * 4, in_batch)
         dh = tl.zeros(owned.shape, compute)
         if dout is not None:
             sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
@@ -258,7 +222,7 @@ def lstm_backward_kernel(
         if NORM:
             own_pairs = pairs + (rows * D + direction) * (4 * TILES)
             published = (seq_len - 1 - step) * PUBLISHED
-            normed = (c_new - mean_c) * per_row(rstd_c, UNITS_FIRST)
+            normed = (c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)
             seen = gain_c * normed + bias_c
         do, dseen = lstm_output_backward(o, seen, dh_new)
         if NORM:
@@ -328,10 +292,6 @@ def lstm_backward_kernel(
             if reset is not None:
                 dh_rec = tl.where(fresh, 0.0, dh_rec)
 
-    if PLACEMENT == "stepwise":
-        tl.store(carry_dc + state, dc, mask=owned)
-        if dc_reset is not None:
-            tl.store(carry_dc_reset + state, dc_fresh, mask=owned)
     if zoneout_h is not None:
         tl.store(dh_0 + state, dh_old, mask=owned)
         if dh_reset is not None:
@@ -343,46 +303,18 @@ def lstm_backward_kernel(
     if NORM:
         tl.store(dnorm_c + state, dgain_c, mask=owned)
         tl.store(dnorm_c + STATES + state, dbias_c, mask=owned)
-    tl.store(dc_0 + state, dc.to(dc_0.dtype.element_ty), mask=owned)
+    tl.store(dc_0 + state, dc, mask=owned)
     if dc_reset is not None:
-        tl.store(dc_reset + state, dc_fresh.to(dc_reset.dtype.element_ty), mask=owned)
-
-
-class Gradients(NamedTuple):
-    """What the backward recurrence gives; see the module's docstring. None where there is no such variant."""
-
-    dgates: torch.Tensor
-    dc_0: torch.Tensor
-    dc_reset: torch.Tensor | None
-    dproduct: torch.Tensor | None
-    dh_0: torch.Tensor | None
-    dh_reset: torch.Tensor | None
-    dpeephole: torch.Tensor | None
-    dnorm_c: torch.Tensor | None
+        tl.store(dc_reset + state, dc_fresh, mask=owned)
 
 
 def lstm_backward(
-    dout: torch.Tensor | None,
-    dh_n: torch.Tensor | None,
-    dc_n: torch.Tensor | None,
-    gates: torch.Tensor,
-    cells: torch.Tensor,
-    w_hh: torch.Tensor,
-    c_0: torch.Tensor | None,
-    layout: Layout,
-    config: Config,
-    precision: str,
-    lengths: torch.Tensor | None = None,
-    reset: torch.Tensor | None = None,
-    reset_c: torch.Tensor | None = None,
-    order: str | None = None,
-    dcells: torch.Tensor | None = None,
-    dactivated: torch.Tensor | None = None,
-    extras: Extras = PLAIN,
-    product: torch.Tensor | None = None,
-    stats: torch.Tensor | None = None,
-    launch: Launcher = run,
-) -> Gradients:
+    dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor,
+    c_0: Tensor | None, layout: Layout, config: Config, precision: str, lengths: Tensor | None = None,
+    reset: Tensor | None = None, reset_c: Tensor | None = None, order: str | None = None,
+    dcells: Tensor | None = None, dactivated: Tensor | None = None, extras: Extras = PLAIN,
+    product: Tensor | None = None, stats: Tensor | None = None, launch: Launcher = run,
+) -> Gradients:  # fmt: skip
     """Run the backward recurrence of one layer.
 
     All tensors are contiguous and of one floating type, but for c_0, reset_c and dc_n, which may have
@@ -396,47 +328,20 @@ def lstm_backward(
     dtype = compute_dtype(gates.dtype)
     dc_0 = gates.new_empty((directions, layout.batch, hidden_size), dtype=dtype)
     dc_reset = torch.empty_like(dc_0) if reset_c is not None else None
-    carry_dc = carry_dc_reset = None
     if config.placement == "stepwise":
-        carry_dc = torch.zeros_like(dc_0) if dc_n is None else dc_n.to(dtype, copy=True)
-        carry_dc_reset = torch.zeros_like(carry_dc) if reset_c is not None else None
-    # Zeroed: `stepwise` adds to them launch by launch.
-    peephole, zoneout, norm = extras.peephole is not None, extras.cell.zoneout_h > 0, extras.gain_hh is not None
-    dh_0 = torch.zeros_like(dc_0) if zoneout else None
-    dh_reset = torch.zeros_like(dc_0) if zoneout and reset_c is not None else None
-    dpeephole = dc_0.new_zeros((3, *dc_0.shape)) if peephole else None
-    dnorm_c = dc_0.new_zeros((2, *dc_0.shape)) if norm else None
-    dproduct = torch.empty_like(dgates) if norm else None
+        dc_0 = torch.zeros_like(dc_0) if dc_n is None else dc_n.to(dtype, copy=True)
+        dc_reset = torch.zeros_like(dc_0) if reset_c is not None else None
+    own = extras.gradients(dgates, dc_0, reset_c is not None)
     pairs = extras.pairs(layout, config, hidden_size, w_hh)
-    arguments = {
-        "dout": dout,
-        "dh_n": dh_n,
-        "dc_n": dc_n,
-        "dcells": dcells,
-        "dactivated": dactivated,
-        "gates": gates,
-        "cells": cells,
-        "c_0": c_0,
-        "reset_c": reset_c,
-        "w_hh": w_hh,
-        "dgates": dgates,
-        "dc_0": dc_0,
-        "dc_reset": dc_reset,
-        "carry_dc": carry_dc,
-        "carry_dc_reset": carry_dc_reset,
-        "lengths": lengths,
-        "reset": None if reset is None else reset.view(torch.uint8),
-        "product": product,
-        "stats": stats,
-        "pairs": pairs,
-        "dproduct": dproduct,
-        "dh_0": dh_0,
-        "dh_reset": dh_reset,
-        "dpeephole": dpeephole,
-        "dnorm_c": dnorm_c,
-        "grad_clip": extras.cell.grad_clip or None,
-    }
+    marks = None if reset is None else reset.view(torch.uint8)
+    arguments = dict(
+        dout=dout, dh_n=dh_n, dc_n=dc_n, dcells=dcells, dactivated=dactivated, gates=gates, cells=cells, c_0=c_0,
+        reset_c=reset_c, w_hh=w_hh, dgates=dgates, dc_0=dc_0, dc_reset=dc_reset,
+        lengths=lengths, reset=marks, product=product, stats=stats, pairs=pairs,
+        grad_clip=extras.cell.grad_clip or None,
+    )  # fmt: skip
+    dproduct = own["dproduct"]
     exchanged = (dgates if dproduct is None else dproduct, pairs)
     recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=True)
-    launch(lstm_backward_kernel, recurrence, arguments | extras.arguments())
-    return Gradients(dgates, dc_0, dc_reset, dproduct, dh_0, dh_reset, dpeephole, dnorm_c)
+    launch(lstm_backward_kernel, recurrence, arguments | own | extras.arguments())
+    return Gradients(dgates, dc_0, dc_reset, **own)

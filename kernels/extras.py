@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -72,11 +72,38 @@ class Extras:
         tiles = triton.cdiv(hidden_size, config.block_h)
         return like.new_empty((layout.rows, like.shape[0], 2, tiles, 2), dtype=compute_dtype(like.dtype))
 
+    def gradients(self, dgates: torch.Tensor, state: torch.Tensor, reset: bool) -> dict[str, torch.Tensor | None]:
+        """New buffers for the last five of `Gradients`; those of sums are zeroed: `stepwise` adds launch by launch.
+
+        state [D, B, H]: like a state, in the compute type. reset: with a given reset state.
+        """
+        zoneout, norm = self.cell.zoneout_h > 0, self.gain_hh is not None
+        return {
+            "dproduct": torch.empty_like(dgates) if norm else None,
+            "dh_0": torch.zeros_like(state) if zoneout else None,
+            "dh_reset": torch.zeros_like(state) if zoneout and reset else None,
+            "dpeephole": state.new_zeros((3, *state.shape)) if self.peephole is not None else None,
+            "dnorm_c": state.new_zeros((2, *state.shape)) if norm else None,
+        }
+
     def stats(self, layout: Layout, like: torch.Tensor) -> torch.Tensor | None:
         """A new buffer [rows, D, 4] for the means and rstds of both normalisations."""
         if self.gain_hh is None:
             return None
         return like.new_empty((layout.rows, like.shape[0], 4), dtype=compute_dtype(like.dtype))
+
+
+class Gradients(NamedTuple):
+    """What the backward recurrence gives; see backward.py. None where there is no such variant."""
+
+    dgates: torch.Tensor
+    dc_0: torch.Tensor
+    dc_reset: torch.Tensor | None
+    dproduct: torch.Tensor | None
+    dh_0: torch.Tensor | None
+    dh_reset: torch.Tensor | None
+    dpeephole: torch.Tensor | None
+    dnorm_c: torch.Tensor | None
 
 
 PLAIN = Extras()

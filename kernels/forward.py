@@ -28,7 +28,7 @@ from .exchange import await_flags, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
-from .norm import moments, norm_gates
+from .norm import moments, norm_gates, store_moments
 from .product import multiply, recurrent_product, resident_weights, zero_product
 from .tiles import (
     RUNTIME_SIZES,
@@ -77,34 +77,16 @@ def lstm_forward_kernel(
     pairs,  # [rows, D, 2, hidden tiles, 2] or None
     stats,  # [rows, D, 4] or None
     time_begin,  # time of the first row, where this is a window of a longer sequence
-    zoneout_h,  # probabilities in units of 2^-24, None for 0
-    zoneout_c,
-    recurrent_dropout,
+    zoneout_h, zoneout_c, recurrent_dropout,  # probabilities in units of 2^-24, None for 0
     cell_clip,  # None for none
-    batch,
-    seq_len,
-    row_stride_t,
-    row_stride_b,
+    batch, seq_len, row_stride_t, row_stride_b,
     first_tile,  # first batch tile of this launch
-    step_begin,
-    step_end,
-    H: tl.constexpr,
-    INPUTS: tl.constexpr,
-    D: tl.constexpr,
-    ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SAVE: tl.constexpr,
-    COUPLED: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    PLACEMENT: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    step_begin, step_end,
+    H: tl.constexpr, INPUTS: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, COUPLED: tl.constexpr, SAMPLED: tl.constexpr,
+    PLACEMENT: tl.constexpr, PROTOCOL: tl.constexpr, RESIDENT: tl.constexpr, UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps [step_begin, step_end)."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     NORM: tl.constexpr = gain_hh is not None
@@ -242,12 +224,8 @@ def lstm_forward_kernel(
             tl.store(sent + sequence, publishable(tl.where(live, h_new * own_mask, 0.0), dtype), mask=owned)
         raise_flag(flags, hidden_tile, (step + 1) * PUBLISHED, PROTOCOL)
         if SAVE and stats is not None:
-            of_row = stats + (rows * D + direction) * 4
             mine = in_batch & (hidden_tile == 0)
-            tl.store(of_row, mean_z, mask=mine)
-            tl.store(of_row + 1, rstd_z, mask=mine)
-            tl.store(of_row + 2, mean_c, mask=mine)
-            tl.store(of_row + 3, rstd_c, mask=mine)
+            store_moments(stats + (rows * D + direction) * 4, mean_z, rstd_z, mean_c, rstd_c, mine)
         if SAVE:
             store_gates(gates, offset, owned, i, f, g, o, H)
             tl.store(cells + sequence, c.to(dtype), mask=owned)
@@ -303,32 +281,13 @@ def lstm_forward(
         carry = {"dtype": compute_dtype(w_hh.dtype), "memory_format": torch.contiguous_format, "copy": True}
         carry_h = torch.zeros_like(h_n, dtype=compute_dtype(w_hh.dtype)) if h_0 is None else h_0.to(**carry)
         carry_c = torch.zeros_like(carry_h) if c_0 is None else c_0.to(**carry)
-    arguments = {
-        "gates": gates,
-        "w_hh": w_hh,
-        "h_0": h_0,
-        "c_0": c_0,
-        "reset_h": reset_h,
-        "reset_c": reset_c,
-        "out": out,
-        "cells": cells,
-        "h_n": h_n,
-        "c_n": c_n,
-        "carry_h": carry_h,
-        "carry_c": carry_c,
-        "lengths": lengths,
-        "reset": None if reset is None else reset.view(torch.uint8),
-        "x": x,
-        "w_ih": w_ih,
-        "bias": bias,
-        "masked_h_0": masked_h_0,
-        "masked_reset_h": masked_reset_h,
-        "sent": sent,
-        "pairs": pairs,
-        "stats": stats,
-        "INPUTS": 0 if x is None else x.shape[1],
-        "SAVE": save,
-    }
+    marks = None if reset is None else reset.view(torch.uint8)
+    arguments = dict(
+        gates=gates, w_hh=w_hh, h_0=h_0, c_0=c_0, reset_h=reset_h, reset_c=reset_c, out=out, cells=cells, h_n=h_n,
+        c_n=c_n, carry_h=carry_h, carry_c=carry_c, lengths=lengths, reset=marks, x=x, w_ih=w_ih, bias=bias,
+        masked_h_0=masked_h_0, masked_reset_h=masked_reset_h, sent=sent, pairs=pairs, stats=stats, SAVE=save,
+        INPUTS=0 if x is None else x.shape[1],
+    )  # fmt: skip
     exchanged = (out if sent is None else sent, pairs)
     recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=False)
     launch(lstm_forward_kernel, recurrence, arguments | extras.arguments())

@@ -61,6 +61,21 @@ def moments(
 
 
 @triton.jit
+def store_moments(ptrs, mean_z, rstd_z, mean_c, rstd_c, mask):
+    """ptrs: [BLOCK_B], each to a row's four numbers."""
+    tl.store(ptrs, mean_z, mask=mask)
+    tl.store(ptrs + 1, rstd_z, mask=mask)
+    tl.store(ptrs + 2, mean_c, mask=mask)
+    tl.store(ptrs + 3, rstd_c, mask=mask)
+
+
+@triton.jit
+def load_moments(ptrs, mask):
+    mean_z, rstd_z = tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + 1, mask=mask, other=0.0)
+    return mean_z, rstd_z, tl.load(ptrs + 2, mask=mask, other=0.0), tl.load(ptrs + 3, mask=mask, other=0.0)
+
+
+@triton.jit
 def norm_backward(
     d,
     normed,

@@ -84,6 +84,15 @@ def store_gates(buffer, offset, mask, i, f, g, o, H: tl.constexpr):
 
 
 @triton.jit
+def begin_sum(buffer, state, owned, compute: tl.constexpr, CARRIED: tl.constexpr):
+    """A state tile of zeros, or what an earlier launch has left of this sum."""
+    if CARRIED:
+        return tl.load(buffer + state, mask=owned, other=0.0)
+    else:
+        return tl.zeros(owned.shape, compute)
+
+
+@triton.jit
 def own_tile(
     hidden_tile,
     batch_tile,

@@ -13,8 +13,8 @@ from torch import Tensor
 from .equations import norm_gates
 from .hoisted import initial_gradient, norm_gates_backward, previous_hidden, reset_gradient, unstarted
 from .kernels.activate import activate
-from .kernels.backward import Gradients, lstm_backward
-from .kernels.extras import Extras
+from .kernels.backward import lstm_backward
+from .kernels.extras import Extras, Gradients
 from .layer import (
     Cotangents,
     Inputs,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .module import State, check_options, of_type
 from .routing import aten_can, compute_dtype, kernel_refusal
+from .validation import State, check_options, of_type
 from .variant import Variant
 
 

@@ -119,10 +119,10 @@ def cell_forward(
     """
     cell, clip = variants.cell, variants.cell.grad_clip
     bits_h, bits_c, bits_g = bits or (None, None, None)
-    w_i, w_f, w_o = (None,) * 3 if variants.peephole is None else variants.peephole.transpose(0, 1).unsqueeze(-2)
+    peephole = None if variants.peephole is None else variants.peephole.transpose(0, 1).unsqueeze(-2)
     i, f, g, o = a.unbind(-2)
-    if w_i is not None:
-        i, f = i + w_i * c_prev, f + w_f * c_prev
+    if peephole is not None:
+        i, f = i + peephole[0] * c_prev, f + peephole[1] * c_prev
     i, g = clip_gradient(i, clip).sigmoid(), clip_gradient(g, clip).tanh()
     f = 1 - i if cell.coupled else clip_gradient(f, clip).sigmoid()
     kept_g = g
@@ -130,10 +130,9 @@ def cell_forward(
         kept_g = g * philox.dropout_scale(bits_g, cell.recurrent_dropout, g.dtype)
     c = f * c_prev + i * kept_g
     if cell.cell_clip:
-        bound = cell.cell_clip  # not by `clamp`, whose decomposition inside a `scan` PyTorch 2.13 cannot export
-        c = torch.where(c > bound, bound, torch.where(c < -bound, -bound, c))
-    if w_o is not None:
-        o = o + w_o * c
+        c = c.clamp(-cell.cell_clip, cell.cell_clip)
+    if peephole is not None:
+        o = o + peephole[2] * c
     o, seen = clip_gradient(o, clip).sigmoid(), c
     if variants.norm_c is not None:
         gain, bias = variants.norm_c.transpose(0, 1).unsqueeze(-2)

@@ -37,8 +37,10 @@ def _layer(*arguments: Any) -> tuple[Tensor, ...]:
     from torch._higher_order_ops.scan import scan
 
     loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
-    results = reference.ensemble_forward(
-        *tensors, batch_first=batch_first, bidirectional=bidirectional, cell=ops.cell_of(cell), loop=loop
-    )
+    # Numbers of the cell are constants: TorchDynamo would make inputs of those that differ from an earlier program's.
+    with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
+        results = reference.ensemble_forward(
+            *tensors, batch_first=batch_first, bidirectional=bidirectional, cell=ops.cell_of(cell), loop=loop
+        )
     nothing = tensors[0].new_zeros(0)
     return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone(), nothing.clone())

@@ -14,53 +14,16 @@ from .cudnn import Call
 from .functional import States
 from .nested import nested_like, padded_of
 from .routing import (
-    BACKENDS,
-    PRECISIONS,
     aten_can,
-    check_choice,
     compute_dtype,
     kernel_refusal,
     possible_refusal,
     slower_reason,
+    untraced,
 )
-from .validation import check_recompute
-from .variant import PLAIN, Variant, is_number
-
-State = tuple[Tensor, Tensor]
-
-
-def _untraced(function: Any, *arguments: Any) -> Any:
-    """Call a function outside the graph that TorchDynamo is tracing: the graph breaks here.
-
-    Dynamo breaks at every nn.LSTM of its own accord. Here it does where tracing would fail
-    (training by oneDNN in PyTorch 2.13, the packing of sequences) or unroll cuDNN's loop.
-    """
-    return torch.compiler.disable(function)(*arguments)
-
-
-_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import
-
-
-def check_options(backend: str, precision: str | None, recompute: str = "none") -> None:
-    """Raise the ValueError of an option of `LSTM` that is none of its choices."""
-    check_choice("backend", backend, BACKENDS)
-    if precision is not None:
-        check_choice("precision", precision, PRECISIONS)
-    check_recompute(recompute)
-
-
-def of_type(hx: State | None, dtype: torch.dtype) -> State | None:
-    """For PyTorch's own path, which wants a state of the input's type: any other floating one in it."""
-    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in hx):
-        return hx  # it knows what to say
-    return tuple(t.to(dtype) for t in hx)  # type: ignore[return-value]
-
-
-def _check_pair(hx: State) -> None:
-    if isinstance(hx, Tensor):
-        raise TypeError("hx should be a pair of tensors (h_0, c_0), got one tensor")
-    if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
-        raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
+from .validation import State, check_options, check_pair, of_type
+from .variant import PLAIN, Variant
+from .weights import add_weights, check_start, fill_own
 
 
 class LSTM(nn.RNNBase):
@@ -139,61 +102,20 @@ class LSTM(nn.RNNBase):
         self.precision = precision
         self.recompute = recompute
         self.batch_invariant = batch_invariant
-        self.forget_bias = forget_bias
         self.learn_initial_state = learn_initial_state
-        if not isinstance(learn_initial_state, bool):
-            raise TypeError(f"learn_initial_state should be a bool, got: {learn_initial_state!r}")
-        if forget_bias is not None and not is_number(forget_bias):
-            raise TypeError(f"forget_bias should be a number or None, got: {forget_bias!r}")
-        if forget_bias is not None and coupled_gates:
-            raise ValueError(
-                f"forget_bias={forget_bias} is not possible: coupled gates have no forget gate of their own"
-            )
+        self.forget_bias = None  # until it has been checked
         super().__init__("LSTM", *args, **kwargs)
-        if forget_bias is not None and not self.bias:
-            raise ValueError(f"forget_bias={forget_bias} is not possible: the module has bias=False")
         self.variant.check(self.proj_size)
-        self._add_weights()
-
-    def _add_weights(self) -> None:
-        """The parameters that nn.LSTM does not have, and those of gates in the size that coupled ones have."""
-        like = self._flat_weights[0]
-        assert isinstance(like, Tensor)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(like.new_empty(shape))
-
-        states = self.num_layers * (2 if self.bidirectional else 1)
-        further = self.variant.weights(self.hidden_size, self.bias)
-        for index, names in enumerate(self._all_weights):
-            if self.variant.coupled_gates:
-                for name in names:
-                    own = getattr(self, name)
-                    if own.shape[0] == 4 * self.hidden_size and not name.startswith("weight_hr"):
-                        setattr(self, name, parameter(3 * self.hidden_size, *own.shape[1:]))
-            layer, reverse = divmod(index, states // self.num_layers)
-            for name, shape in further.items():
-                names.append(f"{name}_l{layer}{'_reverse' if reverse else ''}")
-                setattr(self, names[-1], parameter(*shape))
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._init_flat_weights()
-        if self.learn_initial_state:
-            self.initial_h = parameter(states, self.proj_size or self.hidden_size)
-            self.initial_c = parameter(states, self.hidden_size)
-        if self.variant != PLAIN or self.learn_initial_state or self.forget_bias is not None:
-            self.reset_parameters()
+        check_start(forget_bias, learn_initial_state, coupled_gates, self.bias)
+        self.forget_bias = forget_bias
+        if add_weights(self, self.variant, learn_initial_state):
+            self._init_flat_weights()
+        fill_own(self, forget_bias)
 
     def reset_parameters(self) -> None:
         """Initial values: PyTorch's; gains 1, bias_c and the initial state 0; the forget bias, where it is given."""
         super().reset_parameters()
-        with torch.no_grad():
-            for name, tensor in self.named_parameters(recurse=False):
-                if name.startswith("gain_"):
-                    tensor.fill_(1)
-                elif name.startswith(("bias_c_", "initial_")):
-                    tensor.zero_()
-                elif name.startswith(("bias_ih", "bias_hh")) and self.forget_bias is not None:
-                    tensor.chunk(4)[1].fill_(self.forget_bias if name.startswith("bias_ih") else 0)
+        fill_own(self, self.forget_bias)
 
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
@@ -305,20 +227,20 @@ class LSTM(nn.RNNBase):
         if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
             hx = of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
-                return _untraced(nn.LSTM.forward, self, input, hx)
+                return untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:
             if not unmarked:
                 raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
             if traced:
-                return _untraced(LSTM._forward_packed, self, input, hx, return_states)
+                return untraced(LSTM._forward_packed, self, input, hx, return_states)
             return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
             return self._by_cudnn(input, of_type(hx, input.dtype))  # type: ignore[arg-type,union-attr]
         return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
 
     def _initial(self) -> State:
-        return self.initial_h, self.initial_c
+        return self.initial_h, self.initial_c  # type: ignore[return-value]
 
     def _learned(self, input: Tensor | PackedSequence, hx: State | None) -> State | None:
         """hx, in place of None the learned initial state for every row."""
@@ -352,7 +274,7 @@ class LSTM(nn.RNNBase):
         if hx is None:
             self.check_input(input, None)
         else:
-            _check_pair(hx)
+            check_pair(hx)
             dims = 3 if batched else 2
             if hx[0].dim() != dims or hx[1].dim() != dims:
                 raise RuntimeError(
@@ -381,7 +303,7 @@ class LSTM(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(data, batch_sizes)
         if hx is not None:
-            _check_pair(hx)
+            check_pair(hx)
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))

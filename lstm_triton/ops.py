@@ -240,14 +240,15 @@ def _backward(ctx, *cotangents):
         raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
     needed = dict(zip(Inputs._fields, ctx.needs_input_grad))
     wanted = [needed[name] for name in DIFFERENTIABLE]
-    *cotangents, _ = cotangents  # that of the moments, which are constants
-    if all(cotangent is None for cotangent in cotangents):
+    given = list(cotangents[:-1])  # the moments of layer normalisation are constants
+    if all(cotangent is None for cotangent in given):
         return (None,) * len(ctx.needs_input_grad)
     saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        found = _with_a_graph(cotangents, Inputs(*saved[:TENSORS]), *ctx.options[:2], ctx.options[-1], wanted)
+        batch_first, bidirectional, *_, cell = ctx.options
+        found = _with_a_graph(given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell, wanted)
     else:
-        found = layer_backward(*cotangents, *saved, *ctx.options, wanted)
+        found = layer_backward(*given, *saved, *ctx.options, wanted)
     grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
     return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
 

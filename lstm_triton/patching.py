@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .cell import LSTMCell
-from .module import LSTM, check_options
+from .module import LSTM
+from .validation import check_options
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}

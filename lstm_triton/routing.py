@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -249,3 +249,15 @@ def _log_once(reason: str) -> None:
 def warn_once_of_the_loop(reason: str) -> None:
     """What neither the kernels nor aten do is a Python loop over time: slow on a GPU, so say it aloud."""
     logger.warning("LSTM runs step by step in plain PyTorch: %s", reason)
+
+
+def untraced(function: Any, *arguments: Any) -> Any:
+    """Call a function outside the graph that TorchDynamo is tracing: the graph breaks here.
+
+    Dynamo breaks at every nn.LSTM of its own accord. Here it does where tracing would fail
+    (training by oneDNN in PyTorch 2.13, the packing of sequences) or unroll cuDNN's loop.
+    """
+    return torch.compiler.disable(function)(*arguments)
+
+
+untraced._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .routing import BACKENDS, PRECISIONS, check_choice
 from .variant import Variant
 
 State = tuple[Tensor, Tensor]
@@ -162,3 +163,25 @@ def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:
     else:
         # No host synchronisation: like a bad index, this surfaces as an assertion of the device.
         torch._assert_async(((lengths >= 0) & (lengths <= seq_len)).all(), outside)
+
+
+def check_options(backend: str, precision: str | None, recompute: str = "none") -> None:
+    """Raise the ValueError of an option of `LSTM` that is none of its choices."""
+    check_choice("backend", backend, BACKENDS)
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    check_recompute(recompute)
+
+
+def of_type(hx: State | None, dtype: torch.dtype) -> State | None:
+    """For PyTorch's own path, which wants a state of the input's type: any other floating one in it."""
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in hx):
+        return hx  # it knows what to say
+    return tuple(t.to(dtype) for t in hx)  # type: ignore[return-value]
+
+
+def check_pair(hx: State) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError("hx should be a pair of tensors (h_0, c_0), got one tensor")
+    if len(hx) > 2:  # with fewer, what reads the second raises what nn.LSTM raises
+        raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")

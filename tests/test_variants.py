@@ -89,11 +89,11 @@ def test_layer_norm_of_units_with_a_large_mean() -> None:
     check(Shifted(norm=True), CONFIGS["mailbox"])
 
 
-@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag != "grad_clip"])  # whose gradient is none
-def test_gradcheck(flag: str) -> None:
-    case = replace(
-        case_of(Case(seq_len=3, batch=2, input_size=2, hidden_size=3, reset=True), flag), dtype=torch.float64
-    )
+@pytest.mark.parametrize("without", ["coupled_gates", "layer_norm"])
+def test_gradcheck(without: str) -> None:
+    """All others at once, but for the gradient clip, whose gradient is none."""
+    flags = [flag for flag in FLAGS if flag not in ("grad_clip", without)]
+    case = case_of(Case(seq_len=3, batch=2, input_size=2, hidden_size=3, reset=True, dtype=torch.float64), *flags)
     config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
     given = {name: t for name, t in case.tensors().items() if t is not None}
     leaves = {n: t.requires_grad_() for n, t in given.items() if t.is_floating_point() and not n.startswith("d")}
@@ -106,7 +106,7 @@ def test_gradcheck(flag: str) -> None:
 
 
 def test_opcheck() -> None:
-    case = case_of(EVERYTHING, *FLAGS)
+    case = case_of(Case(seq_len=2, batch=2), *FLAGS)
     given = {name: t for name, t in case.tensors().items() if t is not None}
     leaves = {
         n: t.float().requires_grad_() for n, t in given.items() if t.is_floating_point() and not n.startswith("d")

@@ -73,7 +73,7 @@ def test_default_plans_of_variants_do_not_spill_and_fit(tmp_path: Path) -> None:
     """The most expensive ones, on every target; `perf/compile_report.py --variant every` has the rest."""
     path = tmp_path / "rows.json"
     command = [sys.executable, REPORT, "--json", path, "--variant", "layer_norm", "everything", "--dtype", "bfloat16"]
-    command += ["--hidden-size", "64", "512", "1024", "--batch", "16", "128"]
+    command += ["--hidden-size", "64", "512", "--batch", "16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads(path.read_text())
