@@ -148,14 +148,17 @@ def layer_forward(
     bits = list(philox.step_bits(seed, time, hidden_size)) if per_step and seed is not None else []
 
     def step(carry: Sequence[Tensor], of_step: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        (h, c), (projected, new, live, *drawn) = carry, of_step
-        h_prev, c_prev = torch.where(new, reset_h, h), torch.where(new, reset_c, c)
+        (h_prev, c_prev), (projected, new, live, *drawn) = carry, of_step
+        if reset is not None:
+            h_prev, c_prev = torch.where(new, reset_h, h_prev), torch.where(new, reset_c, c_prev)
         product = (h_prev if h_mask is None else h_prev * h_mask) @ w_hh.transpose(1, 2)
         if variants.gain_hh is not None:
             product = norm_gates(product, variants.gain_hh.unsqueeze(1), cell.coupled)
         a = (projected + product).unflatten(-1, (4, hidden_size))
         gates, c_new, h_new = cell_forward(a, c_prev, h_prev, variants, tuple(drawn) or None)  # type: ignore[arg-type]
-        h, c = torch.where(live, h_new, h), torch.where(live, c_new, c)
+        if lengths is None:
+            return [h_new, c_new], [h_new.clone(), gates, c_new.clone()]  # `scan` wants no tensor twice
+        h, c = (torch.where(live, made, old) for made, old in zip((h_new, c_new), carry))
         return [h, c], [torch.where(live, h_new, 0), gates, c.clone()]
 
     start = list(_state(state, x, directions, batch, hidden_size))

@@ -3,6 +3,7 @@
 # go to FOLDER. In this order half an hour settles the most:
 #   tests      the gpu tests of the kernels, then the ceilings
 #   drop-in    the gpu tests of graphs, memory modes, ensembles, single steps and the like; a PPO update's resets
+#   variants   the gpu tests of the cell's variants; their cost beside the plain cell's and beside loops over time
 #   open       sweep of the region "open" (and so on: home, small, users, scaling)
 #   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
 #              mkdir -p lstm_triton/tuning/shipped && cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
@@ -37,6 +38,13 @@ case $stage in
     files=(tests/test_gpu_drop_in.py)
     gpu_tests limited 300 2>&1 | tee "$out/drop-in.txt" || status=$?
     limited 120 "$python" perf/ppo_resets.py 2>&1 | tee "$out/ppo-resets.txt" || status=$?
+    ;;
+  variants)
+    files=(tests/test_gpu_variants.py)
+    gpu_tests limited 240 2>&1 | tee "$out/variants-tests.txt" || status=$?
+    for size in 128 512; do
+      limited 100 "$python" perf/variants.py --hidden-size $size 2>&1 | tee "$out/variants-$size.txt" || status=$?
+    done
     ;;
   small | home | open | users) sweep --set "$stage" || status=$? ;;
   scaling) sweep --set scaling --provider nn_lstm ours_kernels per_step --mode forward train memory || status=$? ;;
