@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .variant import PLAIN
+
 Array = Any  # a tensor, a numpy array, or what else torch.tensor takes
 StateDict = dict[str, Tensor]
 
@@ -273,6 +275,10 @@ def _layers(library: str, module: nn.RNNBase) -> list[list[Direction]]:
         raise TypeError(f"module should be an LSTM, got {type(module).__name__}")
     if module.proj_size:
         raise ValueError(f"{library} has no projections; the module has proj_size={module.proj_size}")
+    variant = getattr(module, "variant", PLAIN)
+    if variant.kind(training=False) != "plain":
+        asked = ", ".join(f"{name}={value}" for name, value in variant.asked().items())
+        raise ValueError(f"only weights of the plain cell are converted to {library}; the module has {asked}")
 
     def read(suffix: str) -> Direction:
         tensors: list[Any] = [getattr(module, name + suffix, None) for name in Direction._fields]

@@ -293,6 +293,9 @@ def test_modules_that_have_no_such_layout(library: str) -> None:
     names = dict(haste="haste", flashrnn="FlashRNN", keras="Keras", onnx="ONNX")
     with pytest.raises(ValueError, match=f"{names[library]} has no projections; the module has proj_size=2"):
         export(library, LSTM(I, H, proj_size=2))
+    with pytest.raises(ValueError, match=r"only weights of the plain cell .*; the module has zoneout=\(0.1, 0.0\)"):
+        export(library, LSTM(I, H, zoneout=(0.1, 0.0)))
+    export(library, LSTM(I, H, recurrent_dropout=0.1))  # which is the plain cell in evaluation
     for module in (nn.GRU(I, H), nn.Linear(I, H)):
         with pytest.raises(TypeError, match=f"module should be an LSTM, got {type(module).__name__}"):
             export(library, module)

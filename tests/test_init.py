@@ -85,3 +85,28 @@ def test_errors() -> None:
     module = nn.utils.parametrizations.weight_norm(LSTM(3, 4), "weight_hh_l0")
     with pytest.raises(ValueError, match="initialise first"):
         init.xavier_orthogonal_(module)
+
+
+def test_variants_have_their_gates_and_gains() -> None:
+    """Coupled gates have three; peepholes and the initial state are 0, gains 1."""
+    module = LSTM(
+        24, 32, bidirectional=True, peephole=True, layer_norm=True, coupled_gates=True, learn_initial_state=True
+    )
+    init.xavier_orthogonal_(module)
+    for gate in module.weight_hh_l0.detach().chunk(3):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(32), atol=1e-5, rtol=0)
+    for name, parameter in module.named_parameters():
+        if name.startswith("gain_"):
+            assert (parameter == 1).all()
+        elif not name.startswith("weight_ih") and not name.startswith("weight_hh"):
+            assert (parameter == 0).all(), name
+    init.chrono_(module, 10)
+    i, g, o = module.bias_ih_l0.detach().chunk(3)
+    assert (-i).exp().min() >= 1
+    assert (-i).exp().max() <= 9
+    assert (torch.cat((g, o, module.bias_hh_l0.detach())) == 0).all()
+    assert (module.gain_c_l0 == 1).all()
+    with_forget = init.xavier_orthogonal_(LSTM(24, 32, peephole=True))
+    assert (with_forget.bias_ih_l0.chunk(4)[1] == 1).all()
+    init.default_(module)
+    assert (module.gain_hh_l0 == 1).all()
