@@ -12,7 +12,7 @@ from .cell import lstm_forward_step
 from .config import Layout
 from .extras import RUNTIME_EXTRAS, Extras
 from .masks import dropout_scale, step_bits
-from .tiles import RUNTIME_SIZES, load_gates, of_units, per_row, per_unit, runs_reversed, store_gates
+from .tiles import RUNTIME_SIZES, load_gates, of_peepholes, per_row, per_unit, runs_reversed, store_gates
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
@@ -51,13 +51,15 @@ def activate_kernel(
         state = per_row((rows * D + direction) * H, False) + per_unit(unit, False)
         before = tl.load(c_prev + state, mask=owned, other=0.0).to(compute)
     g_scale = None
-    if SAMPLED:
+    if SAMPLED and recurrent_dropout is not None:
         reverse = runs_reversed(direction, ORDER)
-        _, _, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, False)
+        _, _, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, False)
         g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
-    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, False)
-    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, False)
-    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, False)
+    w_ci = None
+    w_cf = None
+    w_co = None
+    if peephole is not None:
+        w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, False)
     i, f, g, o, _ = lstm_forward_step(a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED)
     store_gates(gates, offset, owned, i, f, g, o, H)
 

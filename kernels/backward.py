@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
 from .config import Config, Layout
-from .exchange import await_flags, publishable, raise_flag
+from .exchange import await_flags, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
@@ -37,6 +37,7 @@ from .tiles import (
     begin_sum,
     load_gates,
     of_gates,
+    of_peepholes,
     of_units,
     own_tile,
     per_row,
@@ -113,9 +114,11 @@ def lstm_backward_kernel(
     if dc_reset is not None:
         dc_fresh = begin_sum(dc_reset, state, owned, compute, CARRIED)
 
-    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
-    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
-    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_ci = None
+    w_cf = None
+    w_co = None
+    if peephole is not None:
+        w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, UNITS_FIRST)
     if NORM:
         gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
         gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
@@ -170,14 +173,16 @@ def lstm_backward_kernel(
             c_prev = tl.where(fresh, 0.0, c_prev)
             if reset_c is not None:
                 c_prev += tl.load(reset_c + state, mask=fresh, other=0.0).to(compute)
-        bits_h = None
-        bits_c = None
-        bits_g = None
-        if SAMPLED:
-            bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, UNITS_FIRST)
-        keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
-        keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
-        g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
+        keep_h = None
+        keep_c = None
+        g_scale = None
+        bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, UNITS_FIRST)
+        if zoneout_h is not None:
+            keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
+        if zoneout_c is not None:
+            keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
+        if recurrent_dropout is not None:
+            g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
         if NORM:
             if PLACEMENT != "local":
                 z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
@@ -255,8 +260,7 @@ def lstm_backward_kernel(
             dw_ci += tl.where(live, da_i * c_prev, 0.0)
             dw_cf += tl.where(live, da_f * c_prev, 0.0)
             dw_co += tl.where(live, da_o * c_new, 0.0)
-        d_i, d_f = publishable(da_i, dtype), publishable(da_f, dtype)
-        d_g, d_o = publishable(da_g, dtype), publishable(da_o, dtype)
+        d_i, d_f, d_g, d_o = publishable_gates(da_i, da_f, da_g, da_o, dtype)
         store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
         if NORM:
             if PLACEMENT == "local":  # late, with nobody to wait for: its tiles are large, and registers few
@@ -266,8 +270,7 @@ def lstm_backward_kernel(
                 hidden_tile, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,
                 PROTOCOL,
             )  # fmt: skip
-            d_i, d_f = publishable(dz_i, dtype), publishable(dz_f, dtype)
-            d_g, d_o = publishable(dz_g, dtype), publishable(dz_o, dtype)
+            d_i, d_f, d_g, d_o = publishable_gates(dz_i, dz_f, dz_g, dz_o, dtype)
             store_gates(dproduct, offset, owned, d_i, d_f, d_g, d_o, H)
         raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)
 

@@ -35,6 +35,11 @@ def publishable(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def publishable_gates(i, f, g, o, dtype: tl.constexpr):
+    return publishable(i, dtype), publishable(f, dtype), publishable(g, dtype), publishable(o, dtype)
+
+
+@triton.jit
 def raise_flag(flags, tile, count, PROTOCOL: tl.constexpr):
     """Tell the others that this program (`tile` of its batch tile) has published `count` times."""
     if PROTOCOL == "flags":

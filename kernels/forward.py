@@ -34,6 +34,7 @@ from .tiles import (
     RUNTIME_SIZES,
     load_gates,
     of_gates,
+    of_peepholes,
     of_units,
     own_tile,
     per_row,
@@ -112,9 +113,11 @@ def lstm_forward_kernel(
         h = tl.load(h_0 + state, mask=owned, other=0.0).to(compute)
         c = tl.load(c_0 + state, mask=owned, other=0.0).to(compute)
 
-    w_ci = of_units(peephole, 0, 3, direction, unit, H, compute, UNITS_FIRST)
-    w_cf = of_units(peephole, 1, 3, direction, unit, H, compute, UNITS_FIRST)
-    w_co = of_units(peephole, 2, 3, direction, unit, H, compute, UNITS_FIRST)
+    w_ci = None
+    w_cf = None
+    w_co = None
+    if peephole is not None:
+        w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, UNITS_FIRST)
     if NORM:
         gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
         gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
@@ -150,14 +153,16 @@ def lstm_forward_kernel(
         offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         if PLACEMENT != "single":
             x_i, x_f, x_g, x_o = load_gates(gates, offset, owned, H, compute)
-        bits_h = None
-        bits_c = None
-        bits_g = None
-        if SAMPLED:
-            bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, UNITS_FIRST)
-        keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
-        keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
-        g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
+        keep_h = None
+        keep_c = None
+        g_scale = None
+        bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, UNITS_FIRST)
+        if zoneout_h is not None:
+            keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
+        if zoneout_c is not None:
+            keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
+        if recurrent_dropout is not None:
+            g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
 
         c_prev = c
         h_prev = h

@@ -38,32 +38,30 @@ def happens(bits, threshold):
 
 @triton.jit
 def dropout_scale(bits, threshold, compute: tl.constexpr):
-    """0 with the given probability, else what keeps the mean at 1; None for no dropout."""
-    if threshold is None:
-        return None
-    else:
-        return tl.where(happens(bits, threshold), 0.0, tl.cast(ONE, compute) / (ONE - threshold))
+    """0 with the given probability, else what keeps the mean at 1."""
+    return tl.where(happens(bits, threshold), 0.0, tl.cast(ONE, compute) / (ONE - threshold))
 
 
 @triton.jit
 def kept_by_zoneout(bits, threshold, compute: tl.constexpr, SAMPLED: tl.constexpr):
-    """What `cell.zoneout` takes: a mask, its mean, or None."""
-    if threshold is None:
-        return None
-    elif SAMPLED:
+    """What `cell.zoneout` takes: a mask, or its mean."""
+    if SAMPLED:
         return happens(bits, threshold)
     else:
         return tl.cast(threshold, compute) / ONE
 
 
 @triton.jit
-def step_bits(seed, direction, reverse, unit, b, time, UNITS_FIRST: tl.constexpr):
-    """What decides zoneout of h, zoneout of c and recurrent dropout at a step: three state tiles of bits."""
-    bits_h, bits_c, bits_g, _ = draws(
-        tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST), per_row(time, UNITS_FIRST),
-        STEP + REVERSE * reverse.to(tl.int32),
-    )  # fmt: skip
-    return bits_h, bits_c, bits_g
+def step_bits(seed, direction, reverse, unit, b, time, SAMPLED: tl.constexpr, UNITS_FIRST: tl.constexpr):
+    """What decides zoneout of h, zoneout of c and recurrent dropout at a step: three state tiles, if SAMPLED."""
+    if SAMPLED:
+        bits_h, bits_c, bits_g, _ = draws(
+            tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST),
+            per_row(time, UNITS_FIRST), STEP + REVERSE * reverse.to(tl.int32),
+        )  # fmt: skip
+        return bits_h, bits_c, bits_g
+    else:
+        return 0, 0, 0
 
 
 @triton.jit(do_not_specialize=["batch", "threshold"])

@@ -46,12 +46,9 @@ def of_units(
     compute: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
 ):
-    """One of COUNT vectors [D, COUNT, H] for the units of a state tile, over which it broadcasts; None for None."""
-    if vectors is None:
-        return None
-    else:
-        own = vectors + (direction * COUNT + index) * H + per_unit(unit, UNITS_FIRST)
-        return tl.load(own, mask=per_unit(unit < H, UNITS_FIRST), other=0.0).to(compute)
+    """One of COUNT vectors [D, COUNT, H] for the units of a state tile, over which it broadcasts."""
+    own = vectors + (direction * COUNT + index) * H + per_unit(unit, UNITS_FIRST)
+    return tl.load(own, mask=per_unit(unit < H, UNITS_FIRST), other=0.0).to(compute)
 
 
 @triton.jit
@@ -62,6 +59,15 @@ def of_gates(vectors, direction, unit, H: tl.constexpr, compute: tl.constexpr, U
     g = of_units(vectors, 2, 4, direction, unit, H, compute, UNITS_FIRST)
     o = of_units(vectors, 3, 4, direction, unit, H, compute, UNITS_FIRST)
     return i, f, g, o
+
+
+@triton.jit
+def of_peepholes(vectors, direction, unit, H: tl.constexpr, compute: tl.constexpr, UNITS_FIRST: tl.constexpr):
+    """The three vectors of [D, 3, H]."""
+    i = of_units(vectors, 0, 3, direction, unit, H, compute, UNITS_FIRST)
+    f = of_units(vectors, 1, 3, direction, unit, H, compute, UNITS_FIRST)
+    o = of_units(vectors, 2, 3, direction, unit, H, compute, UNITS_FIRST)
+    return i, f, o
 
 
 @triton.jit

@@ -204,7 +204,7 @@ def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPat
     run_forward, run_backward = forward.lstm_forward, backward.lstm_backward
     if module == "exchange":
         for user in (forward, backward, product, norm):
-            for name in {"collect", "publishable", "share"} & vars(user).keys():
+            for name in {"collect", "publishable", "publishable_gates", "share"} & vars(user).keys():
                 monkeypatch.setattr(user, name, getattr(planted, name))
     elif module == "launch":
 
