@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreter import ordered_dots
+from lstm_triton.kernels.config import PLAIN_CELL
 from lstm_triton.kernels.matmul import matmul
 
 from lstm_triton import LSTM, layer
@@ -60,7 +61,7 @@ def test_one_config_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the planner has several: on an H100."""
     monkeypatch.setattr(layer, "kernel_device", lambda device: KNOWN["sm_90"])
     w_hh = torch.empty(1, 4096, 1024, device="meta", dtype=torch.bfloat16)
-    options = layer.Options(False, "forward", True, "tf32", "")
+    options = layer.Options(False, "forward", True, "tf32", "", PLAIN_CELL)
     invariant = {layer.choose_config("forward", options, w_hh, batch) for batch in (1, 16, 100, 1000)}
     assert len(invariant) == 1
     plans = {

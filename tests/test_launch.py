@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
+import lstm_triton.kernels
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.launch import MOST_TILES, compile_options, launches
 
@@ -42,3 +45,16 @@ def test_only_what_waits_is_cooperative() -> None:
 def test_row_strides() -> None:
     assert (Layout(4, 7, False).stride_t, Layout(4, 7, False).stride_b) == (4, 1)
     assert (Layout(4, 7, True).stride_t, Layout(4, 7, True).stride_b) == (1, 7)
+
+
+def test_no_device_function_returns_none() -> None:
+    """Triton 3.6 compiles none that does, nor the interpreter an assignment to two names at once."""
+    for path in Path(lstm_triton.kernels.__path__[0]).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for function in (f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)):
+            for node in ast.walk(function):
+                where = f"{path.name}: {function.name}"
+                returned = ast.unparse(node.value) if isinstance(node, ast.Return) and node.value else ""
+                assert "None" not in returned, where
+                assert not isinstance(node, ast.Assign) or len(node.targets) == 1, where

@@ -28,7 +28,10 @@ from ..problem import Bucket
 FORMAT = 1
 MODES = ("inference", "training")
 # What a binary or its launch is made from.
-SOURCES = ("cell.py", "tiles.py", "exchange.py", "product.py", "forward.py", "backward.py", "launch.py")
+SOURCES = (
+    *("cell.py", "norm.py", "masks.py", "tiles.py", "exchange.py", "product.py"),
+    *("forward.py", "backward.py", "launch.py"),
+)
 
 
 class TableError(ValueError):
