@@ -218,6 +218,8 @@ def lstm_forward_kernel(
             )  # fmt: skip
             seen = gain_c * ((c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)) + bias_c
         h_new = zoneout(lstm_output(o, seen), h_prev, keep_h, SAMPLED)
+        if zoneout_h is not None:
+            h_new = h_new.to(dtype).to(compute)  # what is kept is what was stored: a cut in time changes nothing
         c_new = zoneout(c_new, c_prev, keep_c, SAMPLED)
         live = per_row(active, UNITS_FIRST)
         c = tl.where(live, c_new, c)

@@ -76,8 +76,8 @@ def sequence_mask_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK units of one row of the batch, of one set of weights."""
-    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b, direction = tl.program_id(1), tl.program_id(2)
+    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b, direction = tl.program_id(0), tl.program_id(2)
     kind = KIND + REVERSE * runs_reversed(direction, ORDER).to(tl.int32)
     bits, _, _, _ = draws(tl.load(seed + direction), unit, b, b * 0, kind)
     dtype: tl.constexpr = mask.dtype.element_ty
@@ -96,7 +96,7 @@ def sequence_mask(
     seed = seed.contiguous()
     mask = seed.new_empty((seed.shape[0], batch, size), dtype=dtype)
     block = 256
-    grid = (triton.cdiv(size, block), batch, seed.shape[0])
+    grid = (batch, triton.cdiv(size, block), seed.shape[0])  # only the first axis is unlimited
     with torch.cuda.device(seed.device) if seed.is_cuda else contextlib.nullcontext():
         sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, order, block)
     return mask

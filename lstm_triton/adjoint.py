@@ -91,7 +91,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """The wanted gradients by name, in types of our own: sums over steps may come in the compute type."""
     layout = options.layout(v.x)
-    config = choose_config("backward", options, v.w_hh, layout.batch, kind_of(v, options))
+    config = choose_config("backward", options, v.w_hh, layout.batch, kind_of(v, options.cell))
     lengths, reset = marks_of(v, layout)
     extras, operand, product = extras_of(v, options), None, None
     if wanted["w_hh"] or v.gain_hh is not None:

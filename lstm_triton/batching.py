@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .cost import microseconds_per_step
-from .layer import OF_SETS, WEIGHTS, Inputs
+from .layer import OF_SETS, WEIGHTS, Inputs, kind_of
 from .planner import NoPlan
 from .precision import resolve_precision
 from .problem import PASSES, Problem, ceil_div
@@ -58,7 +58,7 @@ def _(info, in_dims, *arguments):
     return _as_sets(members, dims, v, options)
 
 
-def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precision: str) -> int:
+def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precision: str, kind: str = "plain") -> int:
     """How many members of an ensemble go into one launch: more at a time is better until they crowd each other out.
 
     sets: of weights of each member. By the planner's estimate of both passes, in halves.
@@ -71,7 +71,7 @@ def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precis
     def estimate(count: int) -> float:
         total = 0.0
         for which in PASSES:
-            problem = Problem(which, w_hh.shape[-1], batch, count * sets, dtype, precision)
+            problem = Problem(which, w_hh.shape[-1], batch, count * sets, dtype, precision, kind)
             chosen = plan_for(problem, device)
             if isinstance(chosen, NoPlan):
                 return math.inf
@@ -89,8 +89,9 @@ def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
     w_hh = v.w_hh if dims.w_hh is None else v.w_hh.select(dims.w_hh, 0)
     axis = 0 if options[0] else 1
     batch = (v.x if dims.x is None else v.x.select(dims.x, 0)).shape[axis]
-    *_, precision, plan, _ = options
-    count = members if plan else members_per_launch(members, w_hh.shape[0], w_hh, batch, precision)
+    *_, precision, plan, cell = options
+    kind = kind_of(v, ops.cell_of(cell))
+    count = members if plan else members_per_launch(members, w_hh.shape[0], w_hh, batch, precision, kind)
     if count == members:
         return _one_launch(members, dims, v, options)
     groups = []

@@ -22,7 +22,9 @@ class LSTMCell(nn.LSTMCell):
 
     def __init__(self, *args: Any, backend: str = "auto", precision: str | None = None, **kwargs: Any) -> None:
         check_options(backend, precision)
-        of_lstm = sorted(kwargs.keys() & ({field.name for field in fields(Variant)} | {"forget_bias"}))
+        of_lstm = sorted(
+            kwargs.keys() & ({field.name for field in fields(Variant)} | {"forget_bias", "learn_initial_state"})
+        )
         if of_lstm:
             raise TypeError(
                 f"LSTMCell computes the plain cell: {', '.join(of_lstm)} go with LSTM, which takes one step too"

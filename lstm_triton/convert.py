@@ -275,9 +275,10 @@ def _layers(library: str, module: nn.RNNBase) -> list[list[Direction]]:
         raise TypeError(f"module should be an LSTM, got {type(module).__name__}")
     if module.proj_size:
         raise ValueError(f"{library} has no projections; the module has proj_size={module.proj_size}")
-    variant = getattr(module, "variant", PLAIN)
-    if variant.kind(training=False) != "plain":
-        asked = ", ".join(f"{name}={value}" for name, value in variant.asked().items())
+    variant, learned = getattr(module, "variant", PLAIN), getattr(module, "learn_initial_state", False)
+    if variant.kind(training=False) != "plain" or learned:
+        options = variant.asked() | ({"learn_initial_state": True} if learned else {})
+        asked = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(f"only weights of the plain cell are converted to {library}; the module has {asked}")
 
     def read(suffix: str) -> Direction:

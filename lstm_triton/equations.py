@@ -60,7 +60,7 @@ PLAIN = Variants()
 
 
 class _ClipGradient(torch.autograd.Function):
-    """The identity, whose gradient is clamped."""
+    """The identity, whose gradient is clamped; what autograd makes of that a second time is no derivative."""
 
     generate_vmap_rule = True
 

@@ -26,6 +26,7 @@ from .routing import (
     needs_gradient,
     transformed,
     warn_once_of_the_loop,
+    without_autocast,
 )
 from .validation import Sizes, State, check_call, check_recompute, check_states, reset_state_of
 from .variant import PLAIN, Variant
@@ -125,6 +126,8 @@ def lstm(
     check_states(return_states, recompute)
     directions = 2 if bidirectional else 1
     input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
+    if not isinstance(variant, Variant):
+        raise TypeError(f"variant should be a Variant, got {type(variant).__name__}")
     variant.check(proj_size)
     states = num_layers * directions
     sizes = Sizes(states, directions, proj_size, bias, variant)
@@ -164,7 +167,8 @@ def lstm(
     def run(extras, x, w_ih, w_hh, biases, state, fresh):
         given = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)), *extras)
         if refusal:
-            return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+            with without_autocast(device.type):
+                return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
         options = (batch_first, bidirectional, _keep(given, recompute, return_states), batch_invariant, precision, plan)
         out, h_n, c_n, gates, cells, _ = ops.layer(*given, *options, "" if cell == PLAIN_CELL else cell.encode())
         return LayerResult(out, h_n, c_n, gates, cells)

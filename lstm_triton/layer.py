@@ -128,9 +128,9 @@ def refusal(v: Inputs, options: Options) -> str:
     return "" if none is None else none.reason
 
 
-def kind_of(v: Inputs, options: Options) -> str:
+def kind_of(v: Inputs, cell: Cell) -> str:
     """One of `problem.KINDS`."""
-    plain = options.cell == PLAIN_CELL and v.peephole is None
+    plain = cell == PLAIN_CELL and v.peephole is None
     if v.gain_hh is not None:
         return "norm" if plain else "norm+"
     return "plain" if plain else "variant"
@@ -254,7 +254,7 @@ def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None
     config = _single_config(v, options, layout)
     gates = projection = None
     if config is None:
-        config = choose_config("forward", options, v.w_hh, layout.batch, kind_of(v, options))
+        config = choose_config("forward", options, v.w_hh, layout.batch, kind_of(v, options.cell))
         gates = projected_input(v, options)
     else:
         rows = _masked_input(v, options).view(layout.batch, v.x.shape[2])

@@ -164,7 +164,8 @@ class LSTM(nn.RNNBase):
 
         By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
         """
-        if self.batch_invariant or self.recompute != "none" or self._request(input)[-1] != "plain":
+        dropped = self.training and self.variant.weight_dropout
+        if self.batch_invariant or self.recompute != "none" or dropped or self._request(input)[-1] != "plain":
             return ""  # nn.LSTM has none of these
         if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
@@ -221,9 +222,8 @@ class LSTM(nn.RNNBase):
                 raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
             return self._forward_nested(input, hx, return_states)
         frugal = self.recompute != "none" and torch.is_grad_enabled()
-        plain = unmarked and not return_states and not frugal and not self.batch_invariant
-        plain = plain and self.variant.kind(self.training) == "plain"
-        plain = plain and not (self.training and self.variant.weight_dropout)
+        variant = self.variant.kind(self.training) != "plain" or (self.training and self.variant.weight_dropout)
+        plain = unmarked and not return_states and not frugal and not self.batch_invariant and not variant
         if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
             hx = of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
             if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
@@ -248,11 +248,12 @@ class LSTM(nn.RNNBase):
             return hx
         if isinstance(input, PackedSequence):
             batch = int(input.batch_sizes[0])
-        elif input.dim() == 2 and not input.is_nested:
-            return self._initial()
+        elif input.dim() != 3 or (input.is_nested and not self.batch_first):
+            return self._initial() if input.dim() == 2 else None  # the rest is an error, which others raise
         else:
             batch = input.shape[0 if self.batch_first else 1]
-        return tuple(tensor.unsqueeze(1).expand(-1, batch, -1) for tensor in self._initial())  # type: ignore[return-value]
+        h, c = (tensor.unsqueeze(1).expand(-1, batch, -1) for tensor in self._initial())
+        return h.contiguous(), c.contiguous()  # cuDNN takes no other
 
     def _forward_padded(
         self,

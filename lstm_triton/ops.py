@@ -42,7 +42,7 @@ from .kernels.launch import compute_dtype
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
 from .precision import resolve_precision
-from .routing import warn_once_of_the_loop
+from .routing import warn_once_of_the_loop, without_autocast
 
 KEEPS = ("nothing", "all", "cells")
 
@@ -131,16 +131,19 @@ def layer(
     if reason:
         return (*without_kernels(v, batch_first, bidirectional, options.cell), *empty)
     if size:
-        out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
+        with without_autocast(x.device.type):
+            out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
         assert at_h is not None
         assert at_c is not None
         return out, h_n, c_n, at_h, at_c, nothing
     if keep == "nothing":
         size = windows.size_without_gradient(x, w_hh, batch_first)
         if size < options.layout(x).seq_len:
-            out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
+            with without_autocast(x.device.type):
+                out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
             return out, h_n, c_n, *empty
-    out, h_n, c_n, gates, cells, stats = layers.forward(v, options, keep != "nothing", c_dtype)
+    with without_autocast(x.device.type):
+        out, h_n, c_n, gates, cells, stats = layers.forward(v, options, keep != "nothing", c_dtype)
     kept = gates if keep == "all" else None, cells, stats
     return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
@@ -209,11 +212,12 @@ def layer_backward(
     options = _options(batch_first, bidirectional, batch_invariant, precision, plan, cell)
     given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
     size = window_size(keep)
-    if size:
-        found = windows.backward(v, options, size, kept_1, kept_2, given, asked)
-    else:
-        gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
-        found = adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+    with without_autocast(x.device.type):
+        if size:
+            found = windows.backward(v, options, size, kept_1, kept_2, given, asked)
+        else:
+            gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
+            found = adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
@@ -259,6 +263,8 @@ def _with_a_graph(
     """The wanted gradients as functions that autograd can differentiate again: step by step."""
     if v.x.is_cuda:
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
+    if cell_of(cell).grad_clip:
+        raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
     options = {"batch_first": batch_first, "bidirectional": bidirectional, "cell": cell_of(cell)}
     results = reference.ensemble_forward(*v, **options)
     inputs = [getattr(v, name) for name in DIFFERENTIABLE]

@@ -11,6 +11,7 @@ from torch import nn
 from .cell import LSTMCell
 from .module import LSTM
 from .validation import check_options
+from .variant import PLAIN
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
@@ -78,13 +79,25 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> list[Change]:
-    """Make every `LSTM` and `LSTMCell` of ours inside a model PyTorch's again, also those that never were."""
+    """Make every `LSTM` and `LSTMCell` of ours inside a model PyTorch's again, also those that never were.
+
+    Those with variants of the cell or a learned initial state are left, and their `Change` says so.
+    """
     changes = []
     for name, module in _lstms(model, LSTM, LSTMCell):
-        changes.append(Change(name, type(module).__name__, "" if type(module) in THEIRS else _subclass(module)))
-        if type(module) in THEIRS:
+        left = _beyond_torch(module) if type(module) in THEIRS else _subclass(module)
+        changes.append(Change(name, type(module).__name__, left))
+        if not left:
             module.__class__ = THEIRS[type(module)]
-            for option in ("backend", "precision", "recompute", "batch_invariant"):
+            for option in (
+                "backend",
+                "precision",
+                "recompute",
+                "batch_invariant",
+                "variant",
+                "forget_bias",
+                "learn_initial_state",
+            ):
                 module.__dict__.pop(option, None)
             if isinstance(module, nn.LSTM):
                 module.flatten_parameters()
@@ -108,6 +121,13 @@ def _left(name: str, module: nn.Module, include: Sequence[str], exclude: Sequenc
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
     return "" if type(module) in OURS else _subclass(module)
+
+
+def _beyond_torch(module: nn.Module) -> str:
+    """What of ours nn.LSTM does not have."""
+    asked = list(getattr(module, "variant", PLAIN).asked())
+    asked += ["learn_initial_state"] * getattr(module, "learn_initial_state", False)
+    return f"nn.LSTM has no {', '.join(asked)}" if asked else ""
 
 
 def _subclass(module: nn.Module) -> str:

@@ -161,7 +161,7 @@ def layer_forward(
         h, c = (torch.where(live, made, old) for made, old in zip((h_new, c_new), carry))
         return [h, c], [torch.where(live, h_new, 0), gates, c.clone()]
 
-    start = list(_state(state, x, directions, batch, hidden_size))
+    start = [tensor.contiguous() for tensor in _state(state, x, directions, batch, hidden_size)]
     (h, c), (out, gates, cells) = loop(step, start, [by_step, fresh, active.unsqueeze(-1), *bits])
     saved = Saved(gates, cells, time)
     out = saved.ordered(out, batch_first).flatten(2)

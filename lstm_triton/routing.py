@@ -8,6 +8,7 @@ on the batch too, and is asked in eager mode only: inside a compiled graph nn.LS
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -61,6 +62,11 @@ def plan_for(problem: Problem, device: Device) -> Plan | NoPlan:
 
 def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What has been cast stays as it is: some operators, such as layer_norm on CUDA, would be cast once more."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
 
 
 def compute_dtype(device_type: str, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def check_start(forget_bias: Any, learn_initial_state: Any, coupled: bool, bias:
         return
     if not is_number(forget_bias):
         raise TypeError(f"forget_bias should be a number or None, got: {forget_bias!r}")
+    if not math.isfinite(forget_bias):
+        raise ValueError(f"forget_bias should be finite, got: {forget_bias!r}")
     if coupled or not bias:
         why = "coupled gates have no forget gate of their own" if coupled else "the module has bias=False"
         raise ValueError(f"forget_bias={forget_bias} is not possible: {why}")

@@ -412,6 +412,7 @@ def test_an_ensemble_in_one_launch(randomness: str) -> None:
         (dict(coupled_gates=True, forget_bias=1.0), ValueError, "no forget gate of their own"),
         (dict(bias=False, forget_bias=1.0), ValueError, "bias=False"),
         (dict(forget_bias="1"), TypeError, "forget_bias"),
+        (dict(forget_bias=float("nan")), ValueError, "forget_bias should be finite"),
         (dict(learn_initial_state=1), TypeError, "learn_initial_state"),
         (dict(proj_size=2, layer_norm=True), ValueError, "layer_norm is not supported with proj_size"),
         (dict(proj_size=2, zoneout=(0.1, 0.0)), ValueError, "zoneout of h"),
@@ -427,6 +428,10 @@ def test_what_cannot_be_is_an_error_at_construction(arguments: dict, error: type
 def test_a_cell_takes_no_variants() -> None:
     with pytest.raises(TypeError, match="LSTMCell computes the plain cell: peephole, zoneout go with LSTM"):
         LSTMCell(3, 5, peephole=True, zoneout=(0.1, 0.1))
+    with pytest.raises(TypeError, match="learn_initial_state go with LSTM"):
+        LSTMCell(3, 5, learn_initial_state=True)
+    with pytest.raises(TypeError, match="variant should be a Variant, got dict"):
+        functional.lstm(torch.randn(2, 2, 3), None, [], variant={"peephole": True})
 
 
 def test_weights_of_the_wrong_shape() -> None:
@@ -441,3 +446,53 @@ def test_repr_and_defaults_tell_variants() -> None:
     )
     assert repr(LSTM(3, 5)) == "LSTM(3, 5)"
     assert Cell.decode(Cell(coupled=True, cell_clip=0.1).encode()) == Cell(coupled=True, cell_clip=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "gates", "chunk:2"])
+def test_autocast_does_not_reach_into_the_operators(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's casts layer_norm to float32, the CPU's does not: here it does as well."""
+    layer_norm = torch.nn.functional.layer_norm
+
+    def as_on_cuda(z: Tensor, *arguments) -> Tensor:
+        return layer_norm(z.float() if torch.is_autocast_enabled("cpu") else z, *arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", as_on_cuda)
+    for backend in ("triton", "torch"):
+        module = LSTM(3, 17, layer_norm=True, peephole=True, recompute=recompute, backend=backend)
+        with torch.autocast("cpu", dtype=torch.float16):
+            out, (_, c_n) = module(torch.randn(4, 2, 3))
+            out.sum().backward()
+        assert out.dtype == c_n.dtype == torch.float16
+        assert module.gain_hh_l0.grad.dtype == torch.float32
+
+
+def test_unpatch_leaves_what_is_beyond_nn_lstm() -> None:
+    model = nn.ModuleDict({"a": LSTM(3, 5, peephole=True), "b": LSTM(3, 5, learn_initial_state=True), "c": LSTM(3, 5)})
+    changes = {change.name: change.left for change in lstm_triton.unpatch(model)}
+    assert changes == {"a": "nn.LSTM has no peephole", "b": "nn.LSTM has no learn_initial_state", "c": ""}
+    assert [type(module) for module in model.values()] == [LSTM, LSTM, nn.LSTM]
+
+
+def test_a_sequence_can_be_cut_under_zoneout() -> None:
+    """h is kept as it is stored, so that a call can go on from h_n."""
+    module = LSTM(3, 17, batch_invariant=True, zoneout=(0.5, 0.2), backend="triton").half().eval()
+    x = torch.randn(6, 3, 3).half()
+    whole, first = module(x)[0], module(x[:3])
+    assert torch.equal(whole, torch.cat((first[0], module(x[3:], first[1])[0])))
+
+
+def test_no_second_derivative_of_the_gradient_clip() -> None:
+    module, x = LSTM(3, 5, recurrent_grad_clip=0.1, backend="triton"), torch.randn(4, 2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="recurrent_grad_clip has no second derivative"):
+        torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+
+
+def test_learned_state_with_wrong_input_and_export() -> None:
+    module = LSTM(3, 5, learn_initial_state=True)
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 1D"):
+        module(torch.randn(3))
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(4, 2, 3),))
+        plain = program.run_decompositions(lstm_triton.decompositions())
+        x = torch.randn(4, 2, 3)
+        torch.testing.assert_close(plain.module()(x)[0], module(x)[0])
