@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,6 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason='needs compiled kernels: run pytest -m "aot or gpu"'))
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """A measuring script owns its process's TF32 settings; here other tests have a right to theirs."""
+    import torch
+
+    # torch.testing._internal, imported by another test of this process, forbids to set them.
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        yield
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.fixture(autouse=True)

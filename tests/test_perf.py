@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,15 +31,7 @@ SWEEP = ["--set", "tiny", "--provider", "nn_lstm", "ours", "per_step", "--mode",
          "--repeat", "1", "--out"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_precision() -> Iterator[None]:
-    """A measuring script owns its process's TF32 settings; here other tests have a right to theirs."""
-    # torch.testing._internal, imported by another test of this process, forbids to set them.
-    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
-        yield
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cuda.matmul.fp32_precision = "none"
+pytestmark = pytest.mark.usefixtures("own_precision")
 
 
 @pytest.fixture(autouse=True)

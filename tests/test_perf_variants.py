@@ -9,6 +9,7 @@ import variants
 
 from lstm_triton import LSTM
 
+pytestmark = pytest.mark.usefixtures("own_precision")
 SMALL = ["--steps", "3", "--batch", "2", "--hidden-size", "4", "--repeat", "1"]
 
 
