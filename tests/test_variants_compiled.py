@@ -60,7 +60,7 @@ def test_variants_that_are_off_leave_nothing_in_the_binary(
     assert removed >= 10
     text = Path(bare.__file__).read_text()
     assert "norm_gates(" not in text
-    assert "step_bits(" not in text
+    assert "kept_by_zoneout(" not in text
     launcher = f"lstm_{which}"
     monkeypatch.setattr(compiler, launcher, getattr(bare, launcher))
     assert code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, **options)) == ours
