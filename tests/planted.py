@@ -36,7 +36,7 @@ class _Prune(ast.NodeTransformer):
     def _value(self, test: ast.expr) -> Any:
         """What a condition is, or an Ellipsis if more than these names decides it."""
         used = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
-        if not used <= self.values.keys():
+        if not used or not used <= self.values.keys():
             return ...
         return eval(compile(ast.Expression(test), "condition", "eval"), {}, dict(self.values))
 
