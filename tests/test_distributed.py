@@ -267,7 +267,7 @@ def test_what_cannot_be_written_is_one_line_and_status_2(tmp_path: Path, capsys)
 def test_divergence_is_one_line_and_status_1(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(distributed.F, "mse_loss", lambda answers, _: answers.sum() * float("nan"))
     assert distributed.main([*SMALL, "--device", "cpu", "--quiet", "--out", str(tmp_path)]) == 1
-    assert "the validation loss is nan at step 2; try a lower --learning-rate" in capsys.readouterr().err
+    assert "the loss is nan at step 1; try a lower --learning-rate" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -12,10 +12,9 @@ between GPUs, gloo on the CPU. Rank 0 writes to --out: best.pt, the checkpoint w
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .. import LSTM
-from .char_lm import Diverged, write_atomically
+from .command import Parser, ready, run, whole
+from .training import fit, save_checkpoint
 
 BASELINE = 1 / 6  # the mean squared error of always answering 1: twice the variance of a uniform number
 
@@ -88,113 +87,69 @@ def train(model: Adder, options: argparse.Namespace, place: Place, device: torch
     parallel: nn.Module = model
     if place.processes > 1:
         parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     first = options.seed * (options.steps + 1)  # one seed for the validation batch, then one for every step
     held_out = draw(first, 4 * options.batch, options.seq_len, place, device)
-    best, every = math.inf, max(1, options.steps // options.evaluations)
-    with tqdm(total=options.steps, unit="step", disable=options.quiet or place.rank > 0) as bar:
-        for step in range(1, options.steps + 1):
-            loss = loss_of(parallel, draw(first + step, options.batch, options.seq_len, place, device))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            optimizer.step()
-            bar.update()
-            if step % every and step != options.steps:
-                continue
-            with torch.no_grad():  # without DDP, which would wait for gradients
-                valid = mean_over_processes(loss_of(model, held_out), place)
-            if not math.isfinite(valid):  # on all processes at once
-                raise Diverged(f"the validation loss is {valid} at step {step}; try a lower --learning-rate")
-            bar.set_postfix_str(f"validation loss {valid:.5f}")
-            if valid < best:
-                best = valid
-                if place.rank == 0:
-                    save(model, options, step, valid)
-    return best
-
-
-def save(model: Adder, options: argparse.Namespace, step: int, valid: float) -> None:
     sizes = {"hidden_size": options.hidden_size, "layers": options.layers}
-    checkpoint = {"model": model.state_dict(), "sizes": sizes, "step": step, "valid_loss": valid}
-    write_atomically(options.out / "best.pt", lambda part: torch.save(checkpoint, part))
+
+    def keep(step: int, valid: float) -> None:
+        if place.rank == 0:
+            save_checkpoint(options.out / "best.pt", model, sizes=sizes, step=step, valid_loss=valid)
+
+    return fit(
+        model,
+        lambda step: loss_of(parallel, draw(first + step, options.batch, options.seq_len, place, device)),
+        lambda: mean_over_processes(loss_of(model, held_out), place),  # without DDP, which would wait for gradients
+        options,
+        keep=keep,
+    ).best
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and from one process only."""
+class OneVoice(Parser):
+    """Says what is wrong from one process only."""
 
     def error(self, message: str):
-        self.exit(2, f"distributed: {message}\n" if Place.from_environment().rank == 0 else None)
+        self.exit(2, f"{self.prog}: {message}\n" if Place.from_environment().rank == 0 else None)
 
 
-def parse(arguments: list[str] | None, place: Place) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("distributed"), help="folder for the results (default: %(default)s)"
-    )
-    integers = dict(steps=600, evaluations=10, batch=64, seq_len=20, hidden_size=64, layers=1)
-    for name, default in integers.items():
-        more = ", of all processes together" if name == "batch" else ""
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"default: %(default)s{more}"
-        )
-    for name, value in dict(learning_rate=4e-3, clip=1.0).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=float, default=value, metavar="X", help="default: %(default)s"
-        )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    for name in integers:
-        least = 2 if name == "seq_len" else 1
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
-    for name in ("learning_rate", "clip"):
-        if not 0 < getattr(options, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
-    if not 0 <= options.seed < 2**31:
-        parser.error(f"--seed must be in [0, 2^31), got {options.seed}")
+def parse(arguments: Sequence[str] | None, place: Place) -> argparse.Namespace:
+    parser = OneVoice("distributed", __doc__)
+    parser.training(steps=600, small_steps=60, batch=64, learning_rate=4e-3)
+    parser.option("seq_len", 20, whole(2), "numbers of a sequence")
+    parser.option("hidden_size", 64, whole(), small=32)
+    parser.option("layers", 1, whole())
+    parser.common("distributed")
+    options = parser.parse(arguments)
     if options.batch % place.processes:
-        parser.error(f"--batch must be a multiple of the {place.processes} processes, got {options.batch}")
-    if options.device == "cuda" and place.local_rank >= torch.cuda.device_count():
-        parser.error(f"--device cuda needs a GPU for every process of a machine, and has {torch.cuda.device_count()}")
+        parser.error(f"argument --batch: must be a multiple of the {place.processes} processes, got {options.batch}")
+    if options.device == "cuda":
+        options.device = f"cuda:{place.local_rank}"
+    options.quiet |= place.rank > 0
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     place = Place.from_environment()
     options = parse(arguments, place)
-    device = torch.device(f"cuda:{place.local_rank}" if options.device == "cuda" else "cpu")
+    return run("distributed", lambda: work(options, place), options.out, speaks=place.rank == 0)
+
+
+def work(options: argparse.Namespace, place: Place) -> None:
     torch.manual_seed(options.seed)  # the same initial weights everywhere
-    try:
-        model = Adder(options.hidden_size, options.layers, options.backend).to(device)
-        model.lstm.refusal(model.head.weight)  # raises where --backend triton is not possible
-        if place.rank == 0:
-            options.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        print(f"distributed: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 2
+    model = Adder(options.hidden_size, options.layers, options.backend)
+    device = ready(options, model.lstm)
+    model.to(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         best = train(model, options, place, device)
-    except KeyboardInterrupt:
-        return 130
-    except Diverged as error:
-        if place.rank == 0:
-            print(f"distributed: {error}", file=sys.stderr)
-        return 1
     finally:
         if place.processes > 1:
             dist.destroy_process_group()
     if place.rank == 0:
         print(f"{place.processes} x {device.type}, validation loss {best:.6f} (always answering 1: {BASELINE:.6f})")
         print(f"written: {options.out / 'best.pt'}")
-    return 0
 
 
 if __name__ == "__main__":

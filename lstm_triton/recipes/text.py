@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
-class CorpusError(ValueError):
-    """The text cannot be trained on; the message is one line for the user."""
+from .command import Refused
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,13 @@ class Corpus:
 
     @classmethod
     def from_text(cls, text: str, shortest: int) -> Corpus:
-        """Raises CorpusError if training or validation would have fewer than `shortest` characters."""
+        """Raises Refused if training or validation would have fewer than `shortest` characters."""
         alphabet = "".join(sorted(set(text)))
         index = {character: i for i, character in enumerate(alphabet)}
         codes = torch.tensor([index[character] for character in text], dtype=torch.long)
         split = len(codes) * 9 // 10
         if len(codes) - split < shortest:
-            raise CorpusError(f"the text is too short: {len(codes)} characters, at least {10 * shortest} are needed")
+            raise Refused(f"the text is too short: {len(codes)} characters, at least {10 * shortest} are needed")
         return cls(alphabet, codes[:split], codes[split:])
 
     def unigram_loss(self) -> float:
@@ -47,17 +45,17 @@ def default_text() -> str:
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file. Raises CorpusError in one line for anything else."""
+    """The text of a UTF-8 file. Raises Refused in one line for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
+        raise Refused(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise Refused(f"{path} is not UTF-8 text (byte {error.start})") from error
     if "\0" in text:
-        raise CorpusError(f"{path} is a binary file, not text")
+        raise Refused(f"{path} is a binary file, not text")
     if not text.strip():
-        raise CorpusError(f"{path} is empty")
+        raise Refused(f"{path} is empty")
     return text
 
 

@@ -1,0 +1,61 @@
+"""Figures of the recipes: one look, and files that are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from .command import write_atomically
+
+BLUE, RED, ORANGE, GREEN, GREY = "#2a6fbb", "#c8453b", "#d98a1f", "#4f9d57", "#666666"
+GATES = {"i": ("input gate", ORANGE), "f": ("forget gate", BLUE), "g": ("candidate", GREEN), "o": ("output gate", RED)}
+
+
+def canvas(width: float = 7.0, height: float = 4.5) -> tuple[Figure, Axes]:
+    """A figure with one grid of axes, independent of pyplot and its backends."""
+    figure, axes = panels(1, 1, width, height)
+    return figure, axes[0]
+
+
+def panels(rows: int, columns: int, width: float = 7.0, height: float = 4.5, **more: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **more).flat)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def heat(
+    axes: Axes,
+    values: Any,
+    limits: tuple[float, float] = (0.0, 1.0),
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    colours: str = "viridis",
+    numbers: bool = False,
+) -> Any:
+    """A matrix [rows, columns] as colours, with labels, and its numbers written in."""
+    axes.grid(False)
+    image = axes.imshow(values, aspect="auto", cmap=colours, norm=Normalize(*limits), interpolation="nearest")
+    for labels, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
+        if labels is not None:
+            axis.set_ticks(range(len(labels)), labels)
+    if numbers:
+        middle = (limits[0] + limits[1]) / 2
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                dark = abs(float(value) - middle) < 0.3 * (limits[1] - limits[0])
+                ink = ("black" if dark else "white") if limits[0] < 0 else ("white" if value < middle else "black")
+                axes.text(column, row, f"{float(value):.3g}", ha="center", va="center", color=ink, fontsize=8)
+    return image
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG whole; the path, for the report."""
+    write_atomically(path, lambda part: figure.savefig(part, dpi=130))
+    return path
