@@ -65,20 +65,25 @@ def fit(
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
     unit: str = "step",
     per_step: int = 1,
+    enough: float = -math.inf,
+    name: str | None = None,
 ) -> Curve:
     """Train `model` on the losses loss_of(1), loss_of(2) ... for options.steps steps.
 
     options: steps, evaluations, learning_rate, clip, quiet. measure(): what is to become small, computed without
     gradients in evaluation mode, the same on all processes. keep(step, measured): called when it is the smallest so far. curve: filled as training
     goes on, so that an interrupted one can be drawn. schedule(optimizer): a scheduler that is told every measure.
-    per_step: how many `unit` a step has, for the progress bar. Raises Diverged.
+    per_step: how many `unit` a step has, for the progress bar. enough: the measure at which training ends early. name: of
+    the model, for the progress bar and the lines under it. Raises Diverged.
     """
     curve = Curve() if curve is None else curve
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     scheduler = schedule(optimizer) if schedule else None
     every = max(1, options.steps // options.evaluations)
     losses: list[float] = []
-    with tqdm(total=options.steps * per_step, unit=unit, unit_scale=per_step > 1, disable=options.quiet) as bar:
+    with tqdm(
+        total=options.steps * per_step, unit=unit, unit_scale=per_step > 1, desc=name, disable=options.quiet
+    ) as bar:
         for step in range(1, options.steps + 1):
             losses.append(descend(model, optimizer, loss_of(step), options.clip))
             if not dist.is_initialized():  # else one process would leave while others wait for its gradients
@@ -97,9 +102,14 @@ def fit(
             curve.valid.append(measured)
             losses = []
             if not options.quiet:
-                bar.write(f"step {step}: loss {curve.train[-1]:.4f}, in validation {measured:.4f}", file=sys.stdout)
+                bar.write(
+                    f"{name + ', ' if name else ''}step {step}: loss {curve.train[-1]:.4f}, in validation {measured:.4f}",
+                    file=sys.stdout,
+                )
             if better and keep:
                 keep(step, measured)
+            if measured <= enough:
+                break
     return curve
 
 
