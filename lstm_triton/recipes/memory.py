@@ -3,11 +3,11 @@
     python -m lstm_triton.recipes.memory --out memory
     python -m lstm_triton.recipes.memory --delays 20 40 --kinds lstm --steps 500
 
-The network reads a few random bits, waits for `delay` steps, and must then say them in order (a binary form of the copy
-task of Hochreiter and Schmidhuber, 1997, and Arjovsky, Shah and Bengio, 2016). One model is trained per delay and kind.
-Writes to --out: memory.png (accuracy against delay), gradients.png (gradients of the state at every step, and the decays
-that a rule of thumb predicts: 0.85 a step for an RNN whose recurrent matrix has that norm, 0.98 for an LSTM whose forget
-gate has that value), results.csv.
+The network reads a few random bits, waits for `delay` steps, and must then say them in order: a binary form of the
+copy task (Hochreiter and Schmidhuber, 1997; Arjovsky, Shah and Bengio, 2016). One model is trained per delay and kind.
+Writes to --out: memory.png (accuracy against delay); gradients.png (gradients of the state at every step, and the
+decays that a rule of thumb predicts: 0.85 a step for an RNN whose recurrent matrix has that norm, 0.98 for an LSTM
+whose forget gate has that value); results.csv.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Memoriser(nn.Module):
 
 
 def draw(generator: torch.Generator, batch: int, bits: int, delay: int) -> tuple[Tensor, Tensor]:
-    """x [2 bits + delay, batch, 3] with channels bit (-1 or 1), "a bit", "say one now"; bits [bits, batch] in {0, 1}."""
+    """x [2 bits + delay, batch, 3] of bit (-1 or 1), "a bit", "say one now"; and bits [bits, batch] in {0, 1}."""
     said = torch.randint(0, 2, (bits, batch), generator=generator).float()
     x = torch.zeros(2 * bits + delay, batch, 3)
     x[:bits, :, 0] = 2 * said - 1
@@ -106,7 +106,7 @@ def accuracy_figure(results: Sequence[Result]) -> Figure:
 
 
 class Decay(NamedTuple):
-    """|dL/dstate| at steps T-1, T-2 ... 0 relative to the last one, [T]; predicted: the factor a step, if there is one."""
+    """|dL/dstate| at steps T-1, T-2 ... 0 relative to the last one, [T]; predicted: the factor a step, if any."""
 
     kind: str
     name: str
@@ -115,7 +115,7 @@ class Decay(NamedTuple):
 
 
 def state_gradients(cell: nn.Module, x: Tensor) -> Tensor:
-    """Norm of the gradient of sum(h_T^2) / 2 for the state that carries memory (c, or h), from the last step back, [T]."""
+    """Norm of the gradient of sum(h_T^2) / 2 for the state that carries memory (c, or h), last step first, [T]."""
     recurrent = isinstance(cell, LSTMCell)
     state = None
     states = []
