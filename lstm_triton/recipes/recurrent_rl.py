@@ -3,11 +3,12 @@
     python -m lstm_triton.recipes.recurrent_rl --out recurrent_rl
     python -m lstm_triton.recipes.recurrent_rl --corridor 20
 
-The T-maze (Bakker, 2002): the first observation of an episode says left or right, then comes a corridor whose steps all
-look alike, and at its end only the turn that was said pays 1; the other costs 1, a wall 0.1. Many mazes run at once, and a rollout
-of --seq-len steps holds the ends of many episodes: the update runs over all of it in one call, lstm(x, reset=starts),
-where starts[t] marks rows whose episode begins at step t. Advantage actor-critic (Mnih et al., 2016) with generalised
-advantages (Schulman et al., 2016). The memoryless policy is the same network with a reset before every step.
+The T-maze (Bakker, 2002): the first observation of an episode says left or right, then comes a corridor whose steps
+all look alike, and at its end only the turn that was said pays 1; the other costs 1, a wall 0.1. Many mazes run at
+once, and a rollout of --seq-len steps holds the ends of many episodes: the update runs over all of it in one call,
+lstm(x, reset=starts), where starts[t] marks rows whose episode begins at step t. Advantage actor-critic (Mnih et al.,
+2016) with generalised advantages (Schulman et al., 2016). The memoryless policy is the same network with a reset
+before every step.
 Writes to --out: returns.png, returns.csv, policy.pt.
 """
 

@@ -70,11 +70,13 @@ def fit(
 ) -> Curve:
     """Train `model` on the losses loss_of(1), loss_of(2) ... for options.steps steps.
 
-    options: steps, evaluations, learning_rate, clip, quiet. measure(): what is to become small, computed without
-    gradients in evaluation mode, the same on all processes. keep(step, measured): called when it is the smallest so far. curve: filled as training
-    goes on, so that an interrupted one can be drawn. schedule(optimizer): a scheduler that is told every measure.
-    per_step: how many `unit` a step has, for the progress bar. enough: the measure at which training ends early. name: of
-    the model, for the progress bar and the lines under it. Raises Diverged.
+    options: steps, evaluations, learning_rate, clip, quiet.
+    measure(): what is to become small, computed without gradients in evaluation mode, the same on all processes.
+    keep(step, measured): called when the measure is the smallest so far.
+    curve: filled as training goes on, so that an interrupted one can be drawn.
+    schedule(optimizer): a scheduler that is told every measure.
+    per_step: how many `unit` a step has, for the progress bar. name: of the model, for the bar and the lines under it.
+    enough: the measure at which training ends early. Raises Diverged.
     """
     curve = Curve() if curve is None else curve
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
@@ -102,10 +104,8 @@ def fit(
             curve.valid.append(measured)
             losses = []
             if not options.quiet:
-                bar.write(
-                    f"{name + ', ' if name else ''}step {step}: loss {curve.train[-1]:.4f}, in validation {measured:.4f}",
-                    file=sys.stdout,
-                )
+                losses_now = f"loss {curve.train[-1]:.4f}, in validation {measured:.4f}"
+                bar.write(f"{f'{name}, ' if name else ''}step {step}: {losses_now}", file=sys.stdout)
             if better and keep:
                 keep(step, measured)
             if measured <= enough:
