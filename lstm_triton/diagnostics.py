@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """vanishing, exploding: of a parameter's gradient norm, and of the gradient at the first step over that at the last.
+    """vanishing, exploding: of a parameter's gradient norm, and of the gradient at the first step over that at others.
 
     saturated: share of a gate's values that are beyond CLOSED or OPEN. dead: standard deviation of a unit's h over all
     steps and rows under which it says nothing; share: of such units. large: root mean square of c at the last step.
@@ -186,9 +186,9 @@ class Seen:
 class watch:
     """A context manager that collects a `Seen` from every LSTM of a model, ours or nn.LSTM, while it is open.
 
-    Inside, forward passes also return the states of every step to us (on the CPU: step by step in plain PyTorch) and
-    backward passes compute the gradient of every LSTM's input. Results are the same up to rounding; nn.LSTM modules run as
-    ours meanwhile. Cells (LSTMCell) are left alone. Not for compiled models.
+    Inside, forward passes also give the states of every step (on the CPU: step by step in plain PyTorch) and backward
+    passes the gradient of every LSTM's input. Results are the same up to rounding; nn.LSTM modules run as ours
+    meanwhile. Cells (LSTMCell) are left alone. Not for compiled models.
 
     Raises:
         ValueError: there is no LSTM in the model.
@@ -339,12 +339,12 @@ def of_losses(losses: Sequence[float]) -> list[Finding]:
     )
     tail = values[len(values) // 2 :]
     roughness = float(tail.diff().abs().mean() / tail.abs().mean().clamp(min=1e-12))
-    if roughness > 0.25:
+    if roughness > 0.2:
         return [Finding("oscillating loss", "mean change between evaluations over the loss", roughness)]
     if abs(first - last) < 0.02 * abs(first):
         return [Finding("flat loss", "fall from the first to the last quarter, relative", (first - last) / abs(first))]
-    if last < first and abs(third - last) < 0.01 * abs(first):
-        return [Finding("plateau", "fall over the last half, relative", (third - last) / abs(first))]
+    if last < first and third - last < 0.02 * abs(third):
+        return [Finding("plateau", "fall from the third to the last quarter, relative", (third - last) / abs(third))]
     return []
 
 

@@ -92,13 +92,14 @@ class Clinic:
     def train(
         self, learning_rate: float, clip: float | None = None, hidden_size: int = 16, scale: float = 1.0
     ) -> list[float]:
-        """Losses of plain gradient descent, until they are no longer finite; `scale` multiplies what is to be said."""
+        """Losses of gradient descent on 64 sequences, while they are finite; `scale` multiplies what is to be said."""
         model = self.model(hidden_size=hidden_size)
         optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-        generator = torch.Generator().manual_seed(self.options.seed)
+        x, levels = (
+            tensor.to(self.device) for tensor in draw(10, 64, torch.Generator().manual_seed(self.options.seed))
+        )
         losses: list[float] = []
         while len(losses) < self.options.steps and (not losses or losses[-1] < float("inf")):
-            x, levels = (tensor.to(self.device) for tensor in draw(10, 64, generator))
             loss = F.mse_loss(model(x), scale * levels)
             optimizer.zero_grad()
             loss.backward()
@@ -110,7 +111,7 @@ class Clinic:
 
     def of_losses(self, name: str, kind: str, cause: str, cure: str, ill: dict, well: dict) -> Trouble:
         losses = {"ill": self.train(**ill), "cured": self.train(**well)}
-        found, cured = (of_losses(smooth(curve, self.options.steps // 20)) for curve in losses.values())
+        found, cured = (of_losses(curve) for curve in losses.values())
         return Trouble(name, kind, cause, cure, found, cured, losses, None)
 
     def of_pass(
@@ -128,8 +129,9 @@ class Clinic:
                            dict(learning_rate=3.0, clip=1.0), dict(learning_rate=0.1, clip=1.0)),
             self.of_losses("not_finite", "not finite", "learning rate 3", "0.1, clipped",
                            dict(learning_rate=3.0), dict(learning_rate=0.1, clip=1.0)),
-            self.of_losses("plateau", "plateau", "one unit", "16 units", dict(learning_rate=0.5, hidden_size=1, scale=5.0),
-                           dict(learning_rate=0.1, hidden_size=16)),
+            self.of_losses("plateau", "plateau", "one unit", "16 units", 
+                           dict(learning_rate=0.05, hidden_size=1, scale=5.0),
+                           dict(learning_rate=0.05, hidden_size=16, scale=5.0)),
             self.of_pass("vanishing", "gradient lost over time", "300 steps, forget gates about 0.1",
                          "chrono initialisation", lambda: self._over_time(False), lambda: self._over_time(True)),
             self.of_pass("exploding", "exploding gradient", "inputs and targets not normalised", "normalised",
@@ -178,14 +180,6 @@ class Clinic:
         return seen
 
 
-def smooth(losses: Sequence[float], points: int) -> list[float]:
-    """Means over runs of a few losses, about `points` of them; what is not finite stays where it is."""
-    size = max(1, len(losses) // max(8, points))
-    return [
-        sum(losses[start : start + size]) / len(losses[start : start + size]) for start in range(0, len(losses), size)
-    ]
-
-
 def inside_figure(seen: Seen) -> Figure:
     """Gradients by parameter and by step, saturated gates by layer, and states by step."""
     figure, axes = panels(2, 2, 11, 7)
@@ -232,7 +226,7 @@ def loss_figure(troubles: Sequence[Trouble]) -> Figure:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("debugging", __doc__)
-    parser.option("steps", 400, whole(80), "of the models whose losses are looked at", small=160)
+    parser.option("steps", 400, whole(80), "of the models whose losses are looked at", small=240)
     parser.common("debugging")
     return parser.parse(arguments)
 

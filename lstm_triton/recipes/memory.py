@@ -132,7 +132,7 @@ def state_gradients(cell: nn.Module, x: Tensor) -> Tensor:
 def decays(hidden_size: int, steps: int, seed: int = 0) -> list[Decay]:
     """Both kinds as the rule of thumb has them, and as they are initialised by default, on random input."""
     torch.manual_seed(seed)
-    x = 0.1 * torch.randn(steps, 16, 3, dtype=torch.float64)
+    x = 0.1 * torch.randn(steps + 1, 16, 3, dtype=torch.float64)
     found = []
     for ruled in (True, False):
         rnn = nn.RNNCell(3, hidden_size, dtype=torch.float64)
@@ -173,7 +173,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("kinds", list(KINDS), str, "what is trained", nargs="+", choices=tuple(KINDS), metavar="rnn|lstm")
     parser.option("bits", 5, whole(), "to remember", small=2)
     parser.option("hidden_size", 64, whole(), small=32)
-    parser.option("gradient_steps", 100, whole(), "length of the sequence whose gradients are drawn")
+    parser.option("gradient_steps", 100, whole(), "steps that gradients are followed back")
     parser.option("enough", 0.002, number(), "validation loss, in nats a bit, at which training ends")
     parser.training(steps=2000, small_steps=800, batch=64, learning_rate=0.01, evaluations=40)
     parser.common("memory")
