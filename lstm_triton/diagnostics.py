@@ -216,7 +216,7 @@ class watch:
                 self.patched.append(module)
             if module.recompute != "none":  # else there are no gates to be seen
                 self.frugal.append((module, module.recompute))  # type: ignore[arg-type]
-                module.recompute = "none"  # type: ignore[assignment]
+                module.recompute = "none"
             self.handles += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
                 module.register_forward_hook(self._after(name), with_kwargs=True),
@@ -229,8 +229,8 @@ class watch:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-        for module, recompute in self.frugal:
-            module.recompute = recompute
+        for lstm, recompute in self.frugal:
+            lstm.recompute = recompute
         for module in self.patched:
             unpatch(module)
 
@@ -316,10 +316,10 @@ def _layer_of(c: Any, gates: Any, module: nn.Module, lengths: Tensor | None) -> 
     valid = (steps.unsqueeze(1) < lengths.to(c.device)) if lengths is not None else c.new_ones(c.shape[:2]).bool()
     h = gates[..., 3, :] * c.tanh()
     rows = valid.sum(1).clamp(min=1)[:, None]
-    of_steps = [((x.square() * valid[..., None, None]).mean(-1).sum(1) / rows).sqrt().cpu() for x in (h, c)]
+    rms_h, rms_c = (((x.square() * valid[..., None, None]).mean(-1).sum(1) / rows).sqrt().cpu() for x in (h, c))
     slopes = torch.stack((*gates.unbind(-2)[:2], (gates[..., 2, :] + 1) / 2, gates[..., 3, :]), dim=-2)[valid]
     saturation = ((slopes < CLOSED) | (slopes > OPEN)).float().mean(0).cpu()
-    return Layer(*of_steps, saturation, h[valid].std(0, correction=0).cpu())
+    return Layer(rms_h, rms_c, saturation, h[valid].std(0, correction=0).cpu())
 
 
 def of_losses(losses: Sequence[float]) -> list[Finding]:
@@ -343,7 +343,7 @@ def of_losses(losses: Sequence[float]) -> list[Finding]:
         return [Finding("oscillating loss", "mean change between evaluations over the loss", roughness)]
     if abs(first - last) < 0.02 * abs(first):
         return [Finding("flat loss", "fall from the first to the last quarter, relative", (first - last) / abs(first))]
-    if last < first and third - last < 0.02 * abs(third):
+    if last < first and third - last < 0.05 * abs(third):
         return [Finding("plateau", "fall from the third to the last quarter, relative", (third - last) / abs(third))]
     return []
 
@@ -353,7 +353,7 @@ def kept_bytes(module: LSTM, seq_len: int, batch: int) -> dict[str, int]:
 
     The formulas of the README's paragraph on memory; "chunk" with the square root of seq_len as the length of a chunk.
     """
-    element = module.weight_ih_l0.element_size()  # type: ignore[union-attr,operator]
+    element = module.weight_ih_l0.element_size()  # type: ignore[operator]
     width = (2 if module.bidirectional else 1) * module.hidden_size * module.num_layers
     rows, chunk = seq_len * batch, max(1, math.isqrt(seq_len))
     states = -(-seq_len // chunk) * batch * width * (element + 4)

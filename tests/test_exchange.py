@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from interpreter import Deadlock, cooperative
 from layers import Case, run_recurrence
 from lstm_triton.kernels import backward, forward, norm, product
 from lstm_triton.kernels.config import Cell, Config, chance
 from planted import plant
 from torch import Tensor
+
+from lstm_triton.recipes.interpreter import Deadlock, cooperative
 
 SEEDS = range(100)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import layers
 import pytest
 import torch
-from interpreter import cooperative
 from layers import INPUTS, Case, run_recurrence
 from lstm_triton.kernels.config import Config
 
 from lstm_triton import functional, layer, ops
+from lstm_triton.recipes.interpreter import cooperative
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
 MAILBOX = Config("grid", "mailbox", True, False, 1, 16, 16, 16, 4)

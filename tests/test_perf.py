@@ -19,9 +19,10 @@ import pytest
 import rows as rows_module
 import sweep
 import torch
-from interpreter import cooperative
 from rows import Row, RowsError, read_rows, write_rows
 from shapes import SETS, Shape, square
+
+from lstm_triton.recipes.interpreter import cooperative
 
 ROOT = Path(__file__).parents[1]
 PERF = ROOT / "perf"

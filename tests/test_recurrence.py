@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from interpreter import cooperative
 from layers import Case, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import constants
+
+from lstm_triton.recipes.interpreter import cooperative
 
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import cooperative
 from layers import Case, arguments, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Cell, Config, chance
 from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton import LSTM, LSTMCell, functional, philox
+from lstm_triton.recipes.interpreter import cooperative
 from lstm_triton.variant import Variant
 
 SAMPLED = {"sampled": True}

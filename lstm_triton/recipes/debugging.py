@@ -129,7 +129,7 @@ class Clinic:
                            dict(learning_rate=3.0, clip=1.0), dict(learning_rate=0.1, clip=1.0)),
             self.of_losses("not_finite", "not finite", "learning rate 3", "0.1, clipped",
                            dict(learning_rate=3.0), dict(learning_rate=0.1, clip=1.0)),
-            self.of_losses("plateau", "plateau", "one unit", "16 units", 
+            self.of_losses("plateau", "plateau", "one unit", "16 units",
                            dict(learning_rate=0.05, hidden_size=1, scale=5.0),
                            dict(learning_rate=0.05, hidden_size=16, scale=5.0)),
             self.of_pass("vanishing", "gradient lost over time", "300 steps, forget gates about 0.1",
@@ -150,7 +150,7 @@ class Clinic:
             if cured:
                 init.chrono_(model.lstm, max_time=300)
             else:
-                model.lstm.bias_ih_l0[16:32] = -2.0
+                dict(model.lstm.named_parameters())["bias_ih_l0"][16:32] = -2.0
         return self.look(model, lambda: F.mse_loss(model(x), levels))
 
     def _scaled(self, scale: float) -> Seen:
@@ -165,7 +165,7 @@ class Clinic:
         model, (x, levels) = self.model(), self.batch()
         if closed:
             with torch.no_grad():
-                model.lstm.bias_ih_l0[48:] = -12.0
+                dict(model.lstm.named_parameters())["bias_ih_l0"][48:] = -12.0
         return self.look(model, lambda: F.mse_loss(model(x), levels))
 
     def _windows(self, detached: bool) -> Seen:

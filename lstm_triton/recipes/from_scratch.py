@@ -54,8 +54,8 @@ class SeparateGates(nn.Module):
     def take(self, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> None:
         """Weights of PyTorch's layout: gates i, f, g, o one under the other."""
         for gate, of_x, of_h, of_bias in zip(GATE_ORDER, *(part.chunk(4) for part in (weight_ih, weight_hh, bias))):
-            self.gates[gate].weight.copy_(torch.cat((of_h, of_x), dim=1))
-            self.gates[gate].bias.copy_(of_bias)
+            for parameter, value in zip(self.gates[gate].parameters(), (torch.cat((of_h, of_x), dim=1), of_bias)):
+                parameter.copy_(value)
 
 
 class Layer(nn.Module):
@@ -101,7 +101,7 @@ class Stack(nn.Module):
         """x [T, B, I] -> [T, B, D * H] and (h_n, c_n), each [layers * D, B, H]."""
         states: list[State] = []
         for layer in self.layers:
-            results = [direction(x) for direction in layer]  # type: ignore[union-attr]
+            results = [direction(x) for direction in layer.children()]
             x = torch.cat([output for output, _ in results], dim=-1)
             states += [state for _, state in results]
         h_n, c_n = (torch.stack(of_all) for of_all in zip(*states))
@@ -110,11 +110,12 @@ class Stack(nn.Module):
     def take(self, other: nn.LSTM | LSTM) -> Stack:
         """The weights of an LSTM of the same sizes; PyTorch's two biases only count as a sum."""
         for number, layer in enumerate(self.layers):
-            for direction, suffix in zip(layer, ("", "_reverse")):  # type: ignore[arg-type]
+            for direction, suffix in zip(layer.children(), ("", "_reverse")):
                 ih, hh, b_ih, b_hh = (
                     getattr(other, f"{name}_l{number}{suffix}")
                     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
                 )
+                assert isinstance(direction, Layer)
                 direction.take(ih, hh, b_ih + b_hh)
         return self
 
@@ -168,7 +169,7 @@ def differences(
     """The largest absolute difference of output, h_n and c_n, of every (stage, library) on the same weights."""
     torch.manual_seed(seed)
     x = torch.randn(12, 3, 5, device=device)
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for name, options in SHAPES.items():
         theirs = nn.LSTM(5, hidden_size, **options).to(device)  # type: ignore[arg-type]
         ours = LSTM(5, hidden_size, backend=backend, **options).to(device)  # type: ignore[arg-type]
@@ -184,7 +185,8 @@ def differences(
 def step_by_step(x: Tensor, weights: nn.LSTM) -> tuple[Tensor, State]:
     """A sequence x [T, B, I] through the cell with separate gates: as one layer of nn.LSTM returns it."""
     cell = SeparateGates(weights.input_size, weights.hidden_size).to(x.device)
-    cell.take(weights.weight_ih_l0, weights.weight_hh_l0, weights.bias_ih_l0 + weights.bias_hh_l0)
+    w_ih, w_hh, b_ih, b_hh = (parameter for _, parameter in weights.named_parameters())
+    cell.take(w_ih, w_hh, b_ih + b_hh)
     state: State = (x.new_zeros(x.shape[1], weights.hidden_size),) * 2
     outputs = []
     for x_t in x:
@@ -221,8 +223,8 @@ def flow_figure(step: Step) -> Figure:
     axes.axis("off")
     patches = {}
     for name, (x, y, text, colour) in BOXES.items():
-        look = dict(boxstyle="round,pad=0.03", fc=colour, ec="black", alpha=0.55)
-        patches[name] = axes.add_patch(FancyBboxPatch((x - 0.62, y - 0.28), 1.24, 0.56, **look))
+        box = FancyBboxPatch((x - 0.62, y - 0.28), 1.24, 0.56, "round,pad=0.03", fc=colour, ec="black", alpha=0.55)
+        patches[name] = axes.add_patch(box)
         numbers = "  ".join(f"{value:.3g}" for value in values[name].tolist())
         axes.text(x, y + 0.1, text, ha="center", va="center", weight="bold")
         axes.text(x, y - 0.13, numbers, ha="center", va="center", fontsize=6.5)

@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -117,14 +117,13 @@ class Decay(NamedTuple):
 def state_gradients(cell: nn.Module, x: Tensor) -> Tensor:
     """Norm of the gradient of sum(h_T^2) / 2 for the state that carries memory (c, or h), last step first, [T]."""
     recurrent = isinstance(cell, LSTMCell)
-    state = None
+    state: Any = None
     states = []
     for x_t in x:
         state = cell(x_t, state)
-        carried = state[1] if recurrent else state
+        h, carried = state if recurrent else (state, state)
         carried.retain_grad()
         states.append(carried)
-    h = state[0] if recurrent else state
     (h.square().sum() / 2).backward()
     return torch.stack([carried.grad.norm() for carried in reversed(states)])
 

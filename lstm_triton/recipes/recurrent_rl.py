@@ -139,7 +139,8 @@ class Agent:
             self.running[dones] = 0
         x, starts = self.mazes.observe(), self.starts | self.memoryless
         _, after, _ = self.policy(x[None].to(self.device), starts[None].to(self.device), self.state)
-        return Rollout(*map(torch.stack, zip(*rows)), before), after[0].cpu(), ended
+        observations, begun, actions, rewards, dones, values = (torch.stack(steps) for steps in zip(*rows))
+        return Rollout(observations, begun, actions, rewards, dones, values, before), after[0].cpu(), ended
 
     def loss(self, rollout: Rollout, after: Tensor) -> Tensor:
         """Policy gradient, squared error of the values, and entropy: one call over the whole rollout."""

@@ -1,4 +1,4 @@
-"""Triton's interpreter made fit for testing: programs that wait for each other, and bf16.
+"""Triton's interpreter made fit for tests and for a look: programs that wait for each other, and bf16.
 
 `cooperative(seed)` runs the programs of a launch as greenlets that hand over at every store, every
 atomic (before and after it) and every volatile load, the next one drawn by a seeded generator.
@@ -41,6 +41,8 @@ class Scheduler:
         self.patience = patience
         self.hub: greenlet.greenlet | None = None
         self.trace: list[int] = []  # which of the living programs went on, at every switch
+        self.events: list[tuple[tuple[int, ...], str]] = []  # program and what it did when it handed over
+        self.running: tuple[int, ...] = ()
 
     def run(self, programs: list) -> None:
         self.hub = greenlet.getcurrent()
@@ -53,14 +55,16 @@ class Scheduler:
             chosen = self.random.randrange(len(waiting))
             index, program = waiting[chosen]
             BUILDER.set_grid_idx(*index)
+            self.running = index
             program.switch()
             self.trace.append(chosen)
             if program.dead:
                 waiting.pop(chosen)
         self.hub = None
 
-    def pause(self) -> None:
+    def pause(self, event: str) -> None:
         if self.hub is not None and greenlet.getcurrent() is not self.hub:
+            self.events.append((self.running, event))
             self.hub.switch()
 
 
@@ -86,13 +90,16 @@ def _run_cooperatively(scheduler: Scheduler):
     return call
 
 
-def _pausing(scheduler: Scheduler, method, volatile_only: bool, after: bool):
+def _pausing(scheduler: Scheduler, method, event: str):
+    atomic = event == "atomic"
+
     def call(*args):
-        if not volatile_only or args[-1]:  # the last argument of a load says whether it is volatile
-            scheduler.pause()
+        # The last argument of a load says whether it is volatile, the first of an atomic what it does.
+        if event != "poll" or args[-1]:
+            scheduler.pause(str(args[0].name).lower() if atomic and hasattr(args[0], "name") else event)
         result = method(*args)
-        if after:
-            scheduler.pause()
+        if atomic:
+            scheduler.pause("after")
         return result
 
     return call
@@ -125,18 +132,17 @@ def cooperative(seed: int, patience: int = PATIENCE) -> Iterator[Scheduler]:
     """Within the block, launches run under a scheduler with this seed."""
     scheduler = Scheduler(seed, patience)
     saved_call = interpreter.GridExecutor.__call__
-    # name: (only where volatile, hand over afterwards too)
     pauses = {
-        "create_load": (True, False),
-        "create_masked_load": (True, False),
-        "create_store": (False, False),
-        "create_masked_store": (False, False),
-        "create_atomic_rmw": (False, True),
-        "create_atomic_cas": (False, True),
+        "create_load": "poll",
+        "create_masked_load": "poll",
+        "create_store": "store",
+        "create_masked_store": "store",
+        "create_atomic_rmw": "atomic",
+        "create_atomic_cas": "atomic",
     }
     interpreter.GridExecutor.__call__ = _run_cooperatively(scheduler)
-    for name, (volatile_only, after) in pauses.items():
-        setattr(BUILDER, name, _pausing(scheduler, getattr(BUILDER, name), volatile_only, after))
+    for name, event in pauses.items():
+        setattr(BUILDER, name, _pausing(scheduler, getattr(BUILDER, name), event))
     try:
         yield scheduler
     finally:
