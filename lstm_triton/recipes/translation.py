@@ -7,7 +7,7 @@ Without --pairs the corpus is generated: numbers in words to digits ("two hundre
 ways of writing them to one ("the 3rd of May 1987" -> "1987-05-03"), character by character. A file of pairs has a line
 "source TAB target" for each. The decoder attends after its LSTM (Luong, Pham and Manning, 2015, "general" score), so
 that in training the whole target goes through one call.
-Writes to --out: best.pt, loss.png, attention.png, translations.tsv (held-out source, target, what the model says).
+Writes to --out: best.pt, loss.png, attention.png, translations.csv (held-out source, target, what the model says).
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ class Session:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.corpus = corpus_of(options)
+        self.device = ready(options, LSTM(1, 1, backend=options.backend))
+        units = UNITS[options.unit][0]
+        lengths = [max(len(units(text)) for text in texts) + 1 for texts in zip(*self.corpus.train, *self.corpus.valid)]
+        kept = 12 * options.hidden_size * sum(lengths) + lengths[1] * (lengths[0] + 4 * lengths[1])
+        what = f"a source of {lengths[0]:,} and a target of {lengths[1]:,} {options.unit}s"
+        require_memory(4 * options.batch * kept, self.device, what)
+        self.longest = lengths[1]
         torch.manual_seed(options.seed)
         self.model = Translator(
             len(self.corpus.sources),
@@ -121,15 +128,7 @@ class Session:
             options.dropout,
             options.backend,
         )
-        self.device = ready(options, self.model.encoder, self.model.decoder)
         self.model.to(self.device)
-        units = UNITS[options.unit][0]
-        lengths = [max(len(units(text)) for text in texts) + 1 for texts in zip(*self.corpus.train, *self.corpus.valid)]
-        self.longest = lengths[1]
-        kept = (
-            4 * options.batch * (12 * options.hidden_size * sum(lengths) + lengths[1] * (lengths[0] + 4 * lengths[1]))
-        )
-        require_memory(kept, self.device, f"a source of {lengths[0]} and a target of {lengths[1]} {options.unit}s")
         self.random = random.Random(options.seed)
 
     def encoded(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,12 +227,12 @@ def work(options: argparse.Namespace) -> None:
             save(curve.figure("Translation", f"nats per {options.unit}"), out / "loss.png")
     share, said = session.exact_matches()
     rows = [(source, target, text) for (source, target), text in zip(corpus.valid, said)]
-    save_table(out / "translations.tsv", ("source", "target", "translation"), rows)
+    save_table(out / "translations.csv", ("source", "target", "translation"), rows)
     save(attention_figure(session, [source for source, _ in corpus.valid[:3]]), out / "attention.png")
     for source, target, text in rows[:8]:
         print(f"{'right' if text == target else 'wrong'}  {source} -> {text}")
     print(f"exact matches on held-out pairs: {share:.1%}")
-    print(f"written: best.pt, loss.png, attention.png, translations.tsv in {out}")
+    print(f"written: best.pt, loss.png, attention.png, translations.csv in {out}")
 
 
 if __name__ == "__main__":

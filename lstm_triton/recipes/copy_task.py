@@ -1,11 +1,11 @@
 """How long a plain RNN and an LSTM remember: the copy task, and gradients through 100 steps.
 
-    python -m lstm_triton.recipes.memory --out memory
-    python -m lstm_triton.recipes.memory --delays 20 40 --kinds lstm --steps 500
+    python -m lstm_triton.recipes.copy_task --out copy_task
+    python -m lstm_triton.recipes.copy_task --delays 20 40 --kinds lstm --steps 500
 
 The network reads a few random bits, waits for `delay` steps, and must then say them in order: a binary form of the
 copy task (Hochreiter and Schmidhuber, 1997; Arjovsky, Shah and Bengio, 2016). One model is trained per delay and kind.
-Writes to --out: memory.png (accuracy against delay); gradients.png (gradients of the state at every step, and the
+Writes to --out: accuracy.png (accuracy against delay); gradients.png (gradients of the state at every step, and the
 decays that a rule of thumb predicts: 0.85 a step for an RNN whose recurrent matrix has that norm, 0.98 for an LSTM
 whose forget gate has that value); results.csv.
 """
@@ -167,15 +167,15 @@ def gradient_figure(found: Sequence[Decay]) -> Figure:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser("memory", __doc__)
-    parser.option("delays", [10, 50, 100, 200], whole(0), "steps to wait", small=[10, 50], nargs="+", metavar="N")
+    parser = Parser("copy_task", __doc__)
+    parser.option("delays", [10, 50, 100, 200], whole(0), "steps to wait", small=[5, 20], nargs="+", metavar="N")
     parser.option("kinds", list(KINDS), str, "what is trained", nargs="+", choices=tuple(KINDS), metavar="rnn|lstm")
     parser.option("bits", 5, whole(), "to remember", small=2)
-    parser.option("hidden_size", 64, whole(), small=32)
+    parser.option("hidden_size", 32, whole())
     parser.option("gradient_steps", 100, whole(), "steps that gradients are followed back")
     parser.option("enough", 0.002, number(), "validation loss, in nats a bit, at which training ends")
-    parser.training(steps=2000, small_steps=800, batch=64, learning_rate=0.01, evaluations=40)
-    parser.common("memory")
+    parser.training(steps=4000, small_steps=300, batch=64, learning_rate=0.01, evaluations=80)
+    parser.common("copy_task")
     return parser.parse(arguments)
 
 
@@ -189,7 +189,7 @@ def train(options: argparse.Namespace) -> list[Result]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run("memory", lambda: work(options), options.out)
+    return run("copy_task", lambda: work(options), options.out)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def work(options: argparse.Namespace) -> None:
         predicted = f", predicted {decay.predicted ** (len(decay.norms) - 1):.1e}" if decay.predicted else ""
         print(f"{decay.name:26} gradient after {len(decay.norms) - 1} steps back {decay.norms[-1]:.1e}{predicted}")
     files = [
-        save(accuracy_figure(results), options.out / "memory.png"),
+        save(accuracy_figure(results), options.out / "accuracy.png"),
         save(gradient_figure(found), options.out / "gradients.png"),
         save_table(
             options.out / "results.csv",
