@@ -276,7 +276,7 @@ class watch:
             for number in range(module.num_layers):  # type: ignore[arg-type]
                 layer = f"{name}[{number}]" if name else f"[{number}]"
                 c, gates = states.c[number], states.gates[number]
-                self.seen.layers[layer] = _layer_of(c.detach(), gates.detach(), module, named.get("lengths"))
+                self.seen.layers[layer] = _layer_of(c, gates, module, named.get("lengths"))
             return result if self.asked[name] else (output, state)
 
         return hook
@@ -299,6 +299,7 @@ def _time_first(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.transpose(0, 1) if module.batch_first else tensor
 
 
+@torch.no_grad()
 def _layer_of(c: Any, gates: Any, module: nn.Module, lengths: Tensor | None) -> Layer:
     """Statistics of c [S, D * H] and gates [S, D, 4, H], in the form of the input, over the steps of all rows."""
     directions = 2 if module.bidirectional else 1

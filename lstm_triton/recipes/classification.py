@@ -221,7 +221,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("embedding_size", 64, whole(), "of a word")
     parser.option("dropout", 0.2, number(least=0, below=1))
     parser.option("held_out", 0.2, number(below=1), "share of every class that is not trained on")
-    parser.training(steps=600, small_steps=150, batch=64, learning_rate=4e-3)
+    parser.training(steps=600, small_steps=300, batch=64, learning_rate=4e-3)
     parser.common("classification")
     return parser.parse(arguments)
 
