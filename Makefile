@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: test lint types pytest compile demo report sweep clean
+.PHONY: test lint types pytest compile demo notebooks report sweep clean
 
 test: lint types pytest compile
 
@@ -30,6 +30,10 @@ compile: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m lstm_triton.recipes.char_lm --out demo
+
+# The notebooks as they are committed: from full runs, half an hour on two cores.
+notebooks: .venv/installed
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 report: .venv/installed
 	$(BIN)/python perf/compile_report.py

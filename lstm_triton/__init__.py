@@ -3,7 +3,7 @@
 from lstm_triton import LSTM  # in place of torch.nn.LSTM
 """
 
-from . import convert, functional, init
+from . import convert, diagnostics, functional, init
 from ._version import __version__
 from .cell import LSTMCell
 from .explain import explain
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "convert",
     "decompositions",
+    "diagnostics",
     "explain",
     "functional",
     "init",

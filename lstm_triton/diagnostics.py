@@ -12,9 +12,9 @@ and arguments of `watch`. `of_losses` says what a curve of losses looks like.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,45 +22,12 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .module import LSTM
 from .patching import patch, unpatch
+from .symptoms import ADVICE, Finding, of_losses
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["Finding", "Layer", "Seen", "Thresholds", "kept_bytes", "of_losses", "watch"]
 
 GATES = "ifgo"
 CLOSED, OPEN = 0.05, 0.95  # a sigmoid beyond these has less than a fifth of its largest slope
-ADVICE = {
-    "not finite": "lower the learning rate, clip gradients (norm 1 to 5), look for NaN or Inf in the data",
-    "vanishing gradient": "forget bias 1 or init.chrono_, shorter sequences, a loss at more steps; "
-    "if the loss is flat too, a higher learning rate",
-    "exploding gradient": "clip gradients (norm 1 to 5), lower the learning rate",
-    "no gradient": "the loss does not depend on it, or it was detached on the way",
-    "gradient lost over time": "the first steps learn nothing: forget bias 1 or init.chrono_, shorter sequences",
-    "gradient grown over time": "the first steps outweigh all others: clip gradients, recurrent_grad_clip=, "
-    "orthogonal recurrent weights (init.xavier_orthogonal_)",
-    "saturated gate": "smaller weights or inputs (normalise them), a lower learning rate, layer_norm=True",
-    "dead units": "they say the same at every step: smaller inputs, another initialisation, a smaller hidden_size",
-    "cell state grows": "it counts without end: cell_clip=, coupled_gates=True, or a smaller forget bias",
-    "state not detached": "detach h and c between windows, else the graph and its memory grow with every step",
-    "flat loss": "a learning rate ten times as high; is there a gradient at all?",
-    "oscillating loss": "a learning rate ten times as low, gradients clipped, larger batches",
-    "plateau": "more layers or a larger hidden_size, a falling learning rate, dropout lower",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One symptom: what, where, how much of it, and what helps."""
-
-    kind: str
-    where: str
-    value: float
-
-    @property
-    def advice(self) -> str:
-        return ADVICE[self.kind]
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.where} ({self.value:.3g}). {self.advice[0].upper()}{self.advice[1:]}."
 
 
 @dataclass(frozen=True)
@@ -176,8 +143,8 @@ class Seen:
         lines += [f"{name:40}{float(norm):12.3g}" for name, norm in norms.items()]
         return "\n".join(lines)
 
-    def figure(self) -> Figure:
-        """Gradient norms by parameter and by step, saturated gates, and states by step. Needs matplotlib."""
+    def figure(self) -> Any:
+        """A matplotlib Figure: gradient norms by parameter and by step, saturated gates, states by step."""
         from .recipes.debugging import inside_figure
 
         return inside_figure(self)
@@ -321,32 +288,6 @@ def _layer_of(c: Any, gates: Any, module: nn.Module, lengths: Tensor | None) -> 
     slopes = torch.stack((*gates.unbind(-2)[:2], (gates[..., 2, :] + 1) / 2, gates[..., 3, :]), dim=-2)[valid]
     saturation = ((slopes < CLOSED) | (slopes > OPEN)).float().mean(0).cpu()
     return Layer(rms_h, rms_c, saturation, h[valid].std(0, correction=0).cpu())
-
-
-def of_losses(losses: Sequence[float]) -> list[Finding]:
-    """What a curve of training losses looks like: not finite, flat, oscillating, or on a plateau after it had fallen.
-
-    Quarters of the curve are compared by their means; a curve of fewer than 8 losses says nothing.
-    """
-    bad = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if bad is not None:
-        return [Finding("not finite", f"loss at evaluation {bad + 1}", losses[bad])]
-    if len(losses) < 8:
-        return []
-    quarter = len(losses) // 4
-    values = torch.tensor(losses, dtype=torch.float64)
-    first, third, last = (
-        float(part.mean()) for part in (values[:quarter], values[-2 * quarter : -quarter], values[-quarter:])
-    )
-    tail = values[len(values) // 2 :]
-    roughness = float(tail.diff().abs().mean() / tail.abs().mean().clamp(min=1e-12))
-    if roughness > 0.2:
-        return [Finding("oscillating loss", "mean change between evaluations over the loss", roughness)]
-    if abs(first - last) < 0.02 * abs(first):
-        return [Finding("flat loss", "fall from the first to the last quarter, relative", (first - last) / abs(first))]
-    if last < first and third - last < 0.05 * abs(third):
-        return [Finding("plateau", "fall from the third to the last quarter, relative", (third - last) / abs(third))]
-    return []
 
 
 def kept_bytes(module: LSTM, seq_len: int, batch: int) -> dict[str, int]:

@@ -14,12 +14,13 @@ PAGE = (ROOT / "README.md").read_text()
 def test_the_code_runs() -> None:
     """All Python blocks, one after another, on the CPU."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(block, names)
     assert names["states"].c[1].shape == (8, 100, 1024)
     assert names["out"].is_nested
+    assert "weight_hh_l0" in names["seen"].report()
     assert names["outs"].shape == (4, 8, 100, 128)
     assert torch.equal(names["h"][~names["active"]], torch.zeros(8, 512)[~names["active"]])
 
