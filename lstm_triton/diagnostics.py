@@ -12,22 +12,25 @@ and arguments of `watch`. `of_losses` says what a curve of losses looks like.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from .module import LSTM
 from .patching import patch, unpatch
+from .statistics import Layer, layer_of, time_first
 from .symptoms import ADVICE, Finding, of_losses
 
 __all__ = ["Finding", "Layer", "Seen", "Thresholds", "kept_bytes", "of_losses", "watch"]
 
 GATES = "ifgo"
-CLOSED, OPEN = 0.05, 0.95  # a sigmoid beyond these has less than a fifth of its largest slope
+STATES = ("c", "layers", "gates")  # of every step
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,13 @@ class Thresholds:
 
 
 @dataclass
-class Layer:
-    """The last call of one layer, over all valid steps of all rows; D directions, H units.
-
-    h, c: root mean square by step [T, D]. saturation: share of saturated values by gate and unit [D, 4, H].
-    spread: standard deviation of each unit's h [D, H].
-    """
-
-    h: Tensor
-    c: Tensor
-    saturation: Tensor
-    spread: Tensor
-
-
-@dataclass
 class Seen:
-    """What a `watch` has collected. All of it is of the last forward and backward pass.
+    """What a `watch` has collected, of each module's last call and of the last gradient that each parameter got.
 
-    parameters: gradient norm by parameter. layers: by name of the module, and "[layer]". input_gradients: norm of the
-    loss's gradient for the module's input at every step, [T], by name of the module. loose: modules that were given a
-    state whose graph had been through a backward pass. accumulated: how many gradients have arrived in parameters.
+    parameters: norm of .grad by parameter, which sums over backward passes until it is cleared. layers: by name of the
+    module, and "[layer]". input_gradients: norm of the loss's gradient for the module's input at every step, [T], by
+    name of the module. loose: modules that were given a state whose graph had been through a backward pass.
+    accumulated: how many gradients have arrived, by module that is watched.
     """
 
     model: nn.Module
@@ -75,7 +65,8 @@ class Seen:
     layers: dict[str, Layer] = field(default_factory=dict)
     input_gradients: dict[str, Tensor] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
-    accumulated: int = 0
+    accumulated: Counter[str] = field(default_factory=Counter)
+    both_ways: dict[str, bool] = field(default_factory=dict)
 
     def findings(self) -> list[Finding]:
         """All symptoms, the worst kinds first."""
@@ -87,7 +78,7 @@ class Seen:
     def _of_parameters(self) -> Iterator[Finding]:
         limits = self.thresholds
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad or not self.accumulated:
+            if not parameter.requires_grad or not self.parameters:
                 continue
             norm = float(self.parameters[name]) if name in self.parameters else None
             if norm is None:
@@ -105,9 +96,11 @@ class Seen:
             if len(norms) < 2 or not 0 < largest < math.inf:
                 continue
             first = float(norms[0])
-            where = f"{name or 'the model'}, input at the first step, against the largest of all steps"
-            if first < self.thresholds.vanishing * largest:
-                yield Finding("gradient lost over time", where, first / largest)
+            # What comes after the largest may simply not be asked for; with two directions both ends are.
+            asked = norms if self.both_ways[name] else norms[: int(norms.argmax()) + 1]
+            where = f"{name or 'the model'}, input at step {int(asked.argmin())}, against the largest of all steps"
+            if float(asked.min()) < self.thresholds.vanishing * largest:
+                yield Finding("gradient lost over time", where, float(asked.min()) / largest)
             elif float(norms[-1]) > 0 and first > self.thresholds.exploding * float(norms[-1]):
                 where = f"{name or 'the model'}, input at the first step, against the last"
                 yield Finding("gradient grown over time", where, first / float(norms[-1]))
@@ -125,7 +118,7 @@ class Seen:
             if dead > limits.share:
                 yield Finding("dead units", f"{name}, share of its units", dead)
             last = float(layer.c[-1].max())
-            if last > limits.large and last > 2 * float(layer.c[len(layer.c) // 2].max()):
+            if last > limits.large and last > 1.5 * float(layer.c[len(layer.c) // 2].max()):
                 yield Finding("cell state grows", f"{name}, root mean square of c at the last step", last)
 
     def report(self) -> str:
@@ -150,6 +143,9 @@ class Seen:
         return inside_figure(self)
 
 
+OPEN_WATCHES: WeakSet[nn.Module] = WeakSet()
+
+
 class watch:
     """A context manager that collects a `Seen` from every LSTM of a model, ours or nn.LSTM, while it is open.
 
@@ -160,6 +156,7 @@ class watch:
     Raises:
         ValueError: there is no LSTM in the model.
         TypeError: an LSTM in it is a subclass of nn.LSTM, whose forward may be another.
+        RuntimeError: an LSTM in it is watched already.
     """
 
     def __init__(self, model: nn.Module, **thresholds: float) -> None:
@@ -167,8 +164,9 @@ class watch:
         self.handles: list[Any] = []
         self.patched: list[nn.Module] = []
         self.frugal: list[tuple[LSTM, str]] = []
-        self.made: dict[Any, int] = {}  # graph node of a state -> gradients that had been accumulated before it
-        self.asked: dict[str, bool] = {}  # whether the caller asked a module for states
+        self.asked: dict[str, tuple[str, ...]] = {}  # the states that a module's caller asked for
+        self.calls: Counter[str] = Counter()
+        self.modules: list[nn.Module] = []
 
     def __enter__(self) -> Seen:
         modules = {name: m for name, m in self.seen.model.named_modules() if isinstance(m, (nn.LSTM, LSTM))}
@@ -177,7 +175,12 @@ class watch:
         for name, module in modules.items():
             if isinstance(module, nn.LSTM) and not isinstance(module, LSTM) and type(module) is not nn.LSTM:
                 raise TypeError(f"{name or 'the model'} is a {type(module).__name__}, a subclass of nn.LSTM")
+            if module in OPEN_WATCHES:
+                raise RuntimeError(f"{name or 'the model'} is being watched already")
+        self.modules = list(modules.values())
+        OPEN_WATCHES.update(self.modules)
         for name, module in modules.items():
+            self.seen.both_ways[name] = bool(module.bidirectional)
             if type(module) is nn.LSTM:
                 patch(module)
                 self.patched.append(module)
@@ -186,11 +189,12 @@ class watch:
                 module.recompute = "none"
             self.handles += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                module.register_forward_hook(self._after(name), with_kwargs=True),
+                module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True),
             ]
         for name, parameter in self.seen.model.named_parameters():
             if parameter.requires_grad:
-                self.handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated(name)))
+                owners = [of for of, module in modules.items() if any(parameter is p for p in module.parameters())]
+                self.handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated(name, owners)))
         return self.seen
 
     def __exit__(self, *_: object) -> None:
@@ -200,94 +204,86 @@ class watch:
             lstm.recompute = recompute
         for module in self.patched:
             unpatch(module)
+        OPEN_WATCHES.difference_update(self.modules)
 
     def _before(self, name: str):
         def hook(module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
-            named = dict(zip(("input", "hx"), given)) | named  # the others go by name only
-            state = named.get("hx")
-            node = state[0].grad_fn if state is not None else None
-            if node in self.made and self.made[node] < self.seen.accumulated and name not in self.seen.loose:
+            state = given[1] if len(given) > 1 else named.get("hx")
+            made = _made_at(None if state is None else state[0].grad_fn, self)
+            if made is not None and made < self.seen.accumulated[name] and name not in self.seen.loose:
                 self.seen.loose.append(name)
-            named["input"] = self._seen_input(name, module, named["input"])
             asked = named.get("return_states") or ()
-            asked = (asked,) if isinstance(asked, str) else tuple(asked)
-            self.asked[name] = bool(asked)
-            named["return_states"] = tuple(dict.fromkeys((*asked, "c", "gates")))
-            return (), named
+            self.asked[name] = (asked,) if isinstance(asked, str) else tuple(asked)
+            named = named | {"return_states": tuple(dict.fromkeys((*self.asked[name], *STATES)))}
+            self.calls[name] += 1
+            if given:
+                return (self._seen_input(name, module, given[0], named.get("lengths")), *given[1:]), named
+            return (), named | {"input": self._seen_input(name, module, named["input"], named.get("lengths"))}
 
         return hook
 
-    def _seen_input(self, name: str, module: nn.Module, x: Any) -> Any:
+    def _seen_input(self, name: str, module: nn.Module, x: Any, lengths: Tensor | None) -> Any:
         """The input, made to want a gradient, whose norm by step is kept."""
         data = x.data if isinstance(x, PackedSequence) else x
-        if not torch.is_grad_enabled() or not data.is_floating_point():
+        learns = any(parameter.requires_grad for parameter in module.parameters())
+        if not torch.is_grad_enabled() or not data.is_floating_point() or not (data.requires_grad or learns):
             return x
         data = data if data.requires_grad else data.detach().requires_grad_()
         data = data.view_as(data)  # a tensor of this call alone, to hang the hook on
+        seen, calls, call = self.seen, self.calls, self.calls[name]  # the graph must not hold this object: a cycle
+        sizes = x.batch_sizes.tolist() if isinstance(x, PackedSequence) else None
 
         def keep(gradient: Tensor) -> None:
-            if isinstance(x, PackedSequence):
-                steps = torch.stack([part.norm() for part in gradient.split(x.batch_sizes.tolist())])
+            if call < calls[name]:
+                return
+            if sizes is not None:
+                steps = torch.stack([part.float().norm() for part in gradient.split(sizes)])
             else:
-                steps = _time_first(gradient, module).flatten(1).norm(dim=1)
-            self.seen.input_gradients[name] = steps.detach()
+                steps = time_first(gradient, module).float().flatten(1).norm(dim=1)
+            longest = len(steps) if lengths is None else int(lengths.max())
+            seen.input_gradients[name] = steps[:longest].detach()
 
         data.register_hook(keep)
         return x._replace(data=data) if isinstance(x, PackedSequence) else data
 
     def _after(self, name: str):
-        def hook(module: nn.Module, _: tuple, named: dict, result: Any) -> Any:
+        def hook(module: nn.Module, given: tuple, named: dict, result: Any) -> Any:
             output, state, states = result
             if state[0].grad_fn is not None:
-                self.made[state[0].grad_fn] = self.seen.accumulated
+                state[0].grad_fn.metadata[id(self)] = self.seen.accumulated[name]
             for number in range(module.num_layers):  # type: ignore[arg-type]
                 layer = f"{name}[{number}]" if name else f"[{number}]"
-                c, gates = states.c[number], states.gates[number]
-                self.seen.layers[layer] = _layer_of(c, gates, module, named.get("lengths"))
-            return result if self.asked[name] else (output, state)
+                of_layer = (states.layers[number], states.c[number], states.gates[number])
+                found = layer_of(*of_layer, module, named.get("lengths"))
+                if found is not None:
+                    self.seen.layers[layer] = found
+            asked = self.asked[name]
+            if not asked:
+                return output, state
+            return output, state, states._replace(**{other: None for other in STATES if other not in asked})
 
         return hook
 
-    def _accumulated(self, name: str):
+    def _accumulated(self, name: str, owners: list[str]):
+        seen = self.seen
+
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self.seen.parameters[name] = parameter.grad.detach().norm()
-            self.seen.accumulated += 1
+            seen.parameters[name] = parameter.grad.detach().float().norm()
+            seen.accumulated.update(owners)
 
         return hook
 
 
-def _time_first(tensor: Tensor, module: nn.Module) -> Tensor:
-    """[T, B, ...] of a padded tensor, [T, 1, ...] of an unbatched one; `tensor` has the input's form."""
-    if tensor.is_nested:
-        tensor = tensor.to_padded_tensor(0.0)
-    if tensor.dim() == 2:
-        return tensor.unsqueeze(1)
-    return tensor.transpose(0, 1) if module.batch_first else tensor
-
-
-@torch.no_grad()
-def _layer_of(c: Any, gates: Any, module: nn.Module, lengths: Tensor | None) -> Layer:
-    """Statistics of c [S, D * H] and gates [S, D, 4, H], in the form of the input, over the steps of all rows."""
-    directions = 2 if module.bidirectional else 1
-    if isinstance(c, PackedSequence):
-        lengths = pad_packed_sequence(c)[1]
-        c, gates = (pad_packed_sequence(packed)[0] for packed in (c, gates))
-    else:
-        if c.is_nested:
-            lengths = c.offsets().diff()
-        c, gates = (_time_first(tensor, module) if tensor.dim() > given else tensor.unsqueeze(1)
-                    for tensor, given in ((c, 2), (gates, 4)))  # fmt: skip
-    c = c.unflatten(-1, (directions, -1)).float()
-    gates = gates.float()
-    steps = torch.arange(len(c), device=c.device)
-    valid = (steps.unsqueeze(1) < lengths.to(c.device)) if lengths is not None else c.new_ones(c.shape[:2]).bool()
-    h = gates[..., 3, :] * c.tanh()
-    rows = valid.sum(1).clamp(min=1)[:, None]
-    rms_h, rms_c = (((x.square() * valid[..., None, None]).mean(-1).sum(1) / rows).sqrt().cpu() for x in (h, c))
-    slopes = torch.stack((*gates.unbind(-2)[:2], (gates[..., 2, :] + 1) / 2, gates[..., 3, :]), dim=-2)[valid]
-    saturation = ((slopes < CLOSED) | (slopes > OPEN)).float().mean(0).cpu()
-    return Layer(rms_h, rms_c, saturation, h[valid].std(0, correction=0).cpu())
+def _made_at(node: Any, by: object) -> int | None:
+    """What `by` noted at a state's graph node, or at one from which the state was made in a few steps."""
+    nodes = [node]
+    for _ in range(4):
+        for one in nodes:
+            if one is not None and id(by) in one.metadata:
+                return one.metadata[id(by)]
+        nodes = [parent for one in nodes if one is not None for parent, _ in one.next_functions]
+    return None
 
 
 def kept_bytes(module: LSTM, seq_len: int, batch: int) -> dict[str, int]:

@@ -21,8 +21,9 @@ ADVICE = {
     "dead units": "they say the same at every step: smaller inputs, another initialisation, a smaller hidden_size",
     "cell state grows": "it counts without end: cell_clip=, coupled_gates=True, or a smaller forget bias",
     "state not detached": "detach h and c between windows, else the graph and its memory grow with every step",
-    "flat loss": "a learning rate ten times as high; is there a gradient at all?",
+    "flat loss": "a learning rate ten times as high, if there is a gradient at all",
     "oscillating loss": "a learning rate ten times as low, gradients clipped, larger batches",
+    "rising loss": "a lower learning rate, gradients clipped; in validation: early stopping, dropout",
     "plateau": "more layers or a larger hidden_size, a falling learning rate, dropout lower",
 }
 
@@ -40,11 +41,12 @@ class Finding:
         return ADVICE[self.kind]
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.where} ({self.value:.3g}). {self.advice[0].upper()}{self.advice[1:]}."
+        return f"{self.kind}: {self.where} ({self.value:.3g}); what helps: {self.advice}"
 
 
 def of_losses(losses: Sequence[float]) -> list[Finding]:
-    """What a curve of training losses looks like: not finite, flat, oscillating, or on a plateau after it had fallen.
+    """What a curve of training losses looks like: not finite, flat, oscillating, rising, or on a plateau
+    after it had fallen.
 
     Quarters of the curve are compared by their means; a curve of fewer than 8 losses says nothing.
     """
@@ -59,11 +61,15 @@ def of_losses(losses: Sequence[float]) -> list[Finding]:
         float(part.mean()) for part in (values[:quarter], values[-2 * quarter : -quarter], values[-quarter:])
     )
     tail = values[len(values) // 2 :]
-    roughness = float(tail.diff().abs().mean() / tail.abs().mean().clamp(min=1e-12))
+    changes = tail.diff()
+    to_and_fro = float((changes.abs().sum() - changes.sum().abs()) / len(changes))  # a steady fall or rise has none
+    roughness = to_and_fro / max(float(tail.abs().mean()), 1e-12)
     if roughness > 0.2:
-        return [Finding("oscillating loss", "mean change between evaluations over the loss", roughness)]
+        return [Finding("oscillating loss", "change to and fro between evaluations over the loss", roughness)]
     if abs(first - last) < 0.02 * abs(first):
         return [Finding("flat loss", "fall from the first to the last quarter, relative", (first - last) / abs(first))]
+    if last > 1.05 * third:
+        return [Finding("rising loss", "last quarter over the third", last / third)]
     if last < first and third - last < 0.05 * abs(third):
         return [Finding("plateau", "fall from the third to the last quarter, relative", (third - last) / abs(third))]
     return []

@@ -17,6 +17,8 @@ from figures import BASELINE, PASS, Rows, geometric_mean, providers_in, speedups
 from matplotlib.figure import Figure
 from rows import RowsError, read_rows
 
+from lstm_triton.recipes.command import write_atomically
+
 
 def common(recorded: Rows, here: Rows, provider: str, mode: str) -> list[tuple[float, float]]:
     """(recorded, here) speed-up over nn.LSTM for every shape that both have."""
@@ -60,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         figure = beside(read_rows(options.recorded), read_rows(options.here), options.mode)
         if figure is None:
             raise RowsError("the two files have no shape and provider in common")
-        figure.savefig(options.out, dpi=110)
-    except (OSError, RowsError) as error:
+        write_atomically(options.out, lambda part: figure.savefig(part, dpi=110))
+    except (OSError, RowsError, ValueError) as error:
         print(f"beside: {error}", file=sys.stderr)
         return 2
     print(f"written: {options.out}")

@@ -11,7 +11,7 @@ import torch
 from lstm_triton.recipes import char_lm
 from lstm_triton.recipes import text as text_module
 
-SMALL = ["--batch", "8", "--seq-len", "16", "--hidden-size", "24", "--embedding-size", "8", "--sample", "40", "--quiet"]
+SMALL = ["--batch", "8", "--seq-len", "16", "--hidden-size", "24", "--sample", "40", "--quiet"]
 
 
 @pytest.fixture
@@ -54,6 +54,12 @@ def test_it_learns_and_writes_everything(tmp_path: Path, text: Path, options: li
     corpus = text_module.Corpus.from_text(text.read_text(), 16)
     assert alphabet == corpus.alphabet
     assert char_lm.evaluate(model, corpus.valid, 8, 16) < corpus.unigram_loss() - 0.5
+
+
+def test_the_shortest_text(tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("to be or not" * 7)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--steps", "2", "--evaluations", "1", "--batch", "4"]
+    assert run(tmp_path / "out", *arguments, "--temperature", "1e-320") == 0
 
 
 def test_the_same_seed_gives_the_same_text(tmp_path: Path, text: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_trace_is_the_models(checkpoint: Path) -> None:
 
 
 def test_the_whole_way(checkpoint: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--checkpoint", str(checkpoint), "--text", str(checkpoint.parent / "text.txt"), "--small", "--quiet"]
+    arguments = ["--checkpoint", str(checkpoint), "--text", str(checkpoint.parent / "text.txt"), "--small"]
     assert char_lm_inside.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"gates.png", "forgetting.png", "tracking.png", "temperatures.txt"}
@@ -89,11 +89,13 @@ def test_the_whole_way(checkpoint: Path, tmp_path: Path, capsys) -> None:
     assert "--layer 2: the model has 2 layers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no checkpoint", "weights only"])
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint", b"\x80\x02J\x01.", "weights only", "a tensor"])
 def test_wrong_checkpoints_are_one_line_and_status_2(tmp_path: Path, content, capsys) -> None:
     path = tmp_path / "best.pt"
     if content == "weights only":
         torch.save({"weight": torch.ones(1)}, path)
+    elif content == "a tensor":
+        torch.save(torch.zeros(3), path)
     elif content is not None:
         path.write_bytes(content)
     assert char_lm_inside.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 2

@@ -74,6 +74,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
         (b"text,label\n" + b"a,x\nb,y\n" * 20 + b'" ",x\n', [], "no value for 'text'"),
         (b"text,label\n" + b"a,x\nb,y\n" * 20, ["--least", "100"], "the vocabulary is empty"),
         (b"\xff\xfe\x00,", [], "is not UTF-8"),
+        (b"text,label\ngood film, really,x\n", [], "line 2: more values than columns"),
         (b'text,label\n"a,b\n', [], "no value for 'label'"),
     ],
 )

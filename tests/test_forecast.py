@@ -82,6 +82,7 @@ def test_a_series_of_ones_own(tmp_path: Path) -> None:
         ("value\n" + "3\n" * 200, "the series does not vary"),
         ("value\n1\nx\n", "row 2: 'value' is 'x', not a number"),
         ("other\n1\n", "has no column 'value'"),
+        ("value\n" + "1\n2e39\n" * 99, "2e+39 is too large for float32"),
     ],
 )
 def test_wrong_series_are_one_line_and_status_2(tmp_path: Path, content: str | None, message: str, capsys) -> None:

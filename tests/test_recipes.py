@@ -47,6 +47,12 @@ TINY = {
 }  # fmt: skip
 OTHERS = {"char_lm_inside", "distributed"}  # need a checkpoint, and torchrun: tested in files of their own
 COMMANDS = sorted({*TINY, *OTHERS})
+WITHOUT_BAR = {"debugging", "from_scratch", "lengths", "under_the_hood"}
+
+
+def tiny(name: str, out: Path) -> list[str]:
+    quiet = [] if name in WITHOUT_BAR else ["--quiet"]
+    return [*TINY[name][0], *quiet, "--small", "--device", "cpu", "--out", str(out)]
 
 
 def module_of(name: str):
@@ -61,10 +67,8 @@ def test_every_recipe_is_tested_here() -> None:
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_the_whole_way(name: str, tmp_path: Path, capsys) -> None:
     """Status 0, every file whole, and the closing line names what was written."""
-    arguments, files = TINY[name]
-    assert (
-        module_of(name).main([*arguments, "--small", "--quiet", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    )
+    _, files = TINY[name]
+    assert module_of(name).main(tiny(name, tmp_path / "out")) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     for path in (tmp_path / "out").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -99,9 +103,12 @@ def test_help_says_what_is_written(name: str, capsys) -> None:
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_a_folder_that_cannot_be(name: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    arguments = [*TINY[name][0], "--small", "--quiet", "--device", "cpu", "--out", str(tmp_path / "file")]
-    assert module_of(name).main(arguments) == 2
+    assert module_of(name).main(tiny(name, tmp_path / "file")) == 2
     assert capsys.readouterr().err.startswith(f"{name}: ")
+    assert module_of(name).main(tiny(name, Path("/proc/self"))) == 2  # is there, and takes no file, whoever asks
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -109,12 +116,13 @@ def test_a_folder_that_cannot_be(name: str, tmp_path: Path, capsys) -> None:
     [
         ("copy_task", ["--delays", "1000000000000"]),
         ("lengths", ["--longest", "1000000000000"]),
+        ("lengths", ["--input-size", "1000000000000000000"]),
         ("recurrent_rl", ["--seq-len", "1000000000000"]),
         ("classification", ["--batch", "1000000000000"]),
     ],
 )
 def test_more_than_there_is_memory_for(name: str, arguments: list[str], tmp_path: Path, capsys) -> None:
-    assert module_of(name).main([*arguments, "--quiet", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert module_of(name).main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "GiB of memory" in error
     assert error.count("\n") == 1
@@ -172,6 +180,45 @@ def test_small_gives_way_to_what_is_asked() -> None:
     options = copy_task.parse(["--steps", "7", "--small"])
     assert (options.steps, options.delays) == (7, [5, 20])
     assert copy_task.parse([]).delays == [10, 50, 100, 200]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("char_lm", ["--tie", "--embedding-size", "7"], "argument --embedding-size: does not go with --tie"),
+        ("forecast", ["--column", "x"], "argument --column: goes only with --csv"),
+        ("classification", ["--least", "3"], "argument --least: goes only with --csv"),
+        ("translation", ["--pairs", "x", "--count", "11"], "argument --count: does not go with --pairs"),
+        ("recurrent_rl", ["--updates", "1", "--corridor", "100"], "must leave time for an episode"),
+        ("under_the_hood", ["--backend", "torch"], "unrecognized arguments: --backend torch"),
+        ("lengths", ["--quiet"], "unrecognized arguments: --quiet"),
+    ],
+)
+def test_nothing_is_accepted_and_ignored(name: str, arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        module_of(name).main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "option"), [("forecast", "csv"), ("classification", "csv"), ("translation", "pairs")])
+def test_an_empty_name_is_no_default(name: str, option: str, tmp_path: Path, capsys) -> None:
+    assert module_of(name).main([f"--{option}", "", "--out", str(tmp_path / "out")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["from_scratch", "lengths", "copy_task"])
+def test_a_seed_gives_the_same_again(name: str, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert module_of(name).main(tiny(name, tmp_path / folder)) == 0
+    for path in (tmp_path / "a").glob("*.png"):
+        if name != "lengths":  # whose figure has times
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    if name == "lengths":
+        columns = [
+            [line.split(",")[:2] for line in (tmp_path / f / "results.csv").read_text().splitlines()] for f in "ab"
+        ]
+        assert columns[0] == columns[1]
 
 
 def test_a_backend_that_cannot_run(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -76,6 +76,19 @@ def test_wrong_pairs_are_one_line_and_status_2(tmp_path: Path, content: bytes | 
     assert not (tmp_path / "out").exists()
 
 
+def test_more_pairs_than_there_are(tmp_path: Path, capsys) -> None:
+    arguments = ["--kinds", "dates", "--count", "500000", "--quiet", "--out", str(tmp_path)]
+    assert translation.main(arguments) == 2
+    assert "different dates; lower --count" in capsys.readouterr().err
+
+
+def test_signs_of_mathematics_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"it costs $x{i}^ and $y_\t0 $a$ $b^$\n" for i in range(20)))
+    arguments = ["--pairs", str(path), "--small", "--steps", "2", "--hidden-size", "4", "--quiet"]
+    assert translation.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_line_longer_than_memory(tmp_path: Path, capsys) -> None:
     path = tmp_path / "pairs.tsv"
     path.write_text("".join(f"{letter}{'x' * 300_000}\t{letter}\n" for letter in "abc"))

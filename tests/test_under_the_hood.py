@@ -70,7 +70,7 @@ def test_it_needs_the_interpreter() -> None:
 
 def test_it_starts_the_interpreter_by_itself(tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    arguments = ["--hidden-size", "20", "--seq-len", "2", "--quiet", "--device", "cpu", "--out", str(tmp_path)]
+    arguments = ["--hidden-size", "20", "--seq-len", "2", "--device", "cpu", "--out", str(tmp_path)]
     assert under_the_hood.main(arguments) == 0
     assert "the same bits" in capfd.readouterr().out
     assert under_the_hood.main(["--device", "cuda", "--out", str(tmp_path)]) == 2

@@ -88,7 +88,8 @@ def generate(model: CharLM, alphabet: str, length: int, temperature: float, seed
     with evaluation(model):
         for _ in range(length):
             logits, state = model(code, state)
-            probabilities = (logits[0, 0].float().cpu() / temperature).softmax(0)
+            scores = logits[0, 0].double().cpu()
+            probabilities = ((scores - scores.max()) / temperature).softmax(0)
             drawn.append(int(torch.multinomial(probabilities, 1, generator=generator)))
             code.fill_(drawn[-1])
     return "".join(alphabet[code] for code in drawn)
@@ -97,7 +98,7 @@ def generate(model: CharLM, alphabet: str, length: int, temperature: float, seed
 def perplexity_figure(curve: Curve, unigram: float) -> Figure:
     """Losses against characters trained on, with perplexity on the right."""
     figure = curve.figure("Character language model", "nats per character", {"unigram baseline": unigram})
-    right = figure.axes[0].secondary_yaxis("right", functions=(np.exp, np.log))
+    right = figure.axes[0].secondary_yaxis("right", functions=(np.exp, lambda p: np.log(np.maximum(p, 1e-9))))
     right.set_ylabel("perplexity")
     right.yaxis.set_major_formatter("{x:.3g}")
     return figure
@@ -146,17 +147,19 @@ def model_sizes(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> tuple[CharLM, str]:
+def load(path: Path, backend: str = "auto") -> tuple[CharLM, str]:
     """The model of a checkpoint, in evaluation mode, and its alphabet."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = CharLM(**checkpoint["sizes"])
+    model = CharLM(**checkpoint["sizes"], backend=backend)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint["alphabet"]
 
 
 def report(model: CharLM, corpus: Corpus, curve: Curve) -> str:
     """The closing table: perplexities, the path of every layer, and our kernels against nn.LSTM."""
-    inputs = corpus.valid[: 4 * 16].view(4, 16).t()  # small: it may run in the interpreter
+    steps = min(16, len(corpus.valid) // 2)
+    rows = min(4, len(corpus.valid) // steps)
+    inputs = corpus.valid[: rows * steps].view(rows, steps).t()  # small: it may run in the interpreter
     embedded = model.embedding(inputs).detach()
     where, differences = largest_differences(model.lstm, embedded)
     lines = [
@@ -178,7 +181,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.training(steps=600, small_steps=60, batch=32, learning_rate=4e-3)
     parser.option("seq_len", 64, whole(), "characters of a window", small=32)
     parser.option("hidden_size", 256, whole(), small=64)
-    parser.option("embedding_size", 64, whole(), small=16)
+    parser.option("embedding_size", 64, whole(), small=16, not_with="tie")
     parser.option("layers", 2, whole(), small=1)
     parser.option("dropout", 0.1, number(least=0, below=1))
     parser.add_argument("--tie", action="store_true", help="share the weights of embedding and decoder")

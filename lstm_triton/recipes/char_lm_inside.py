@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from .command import Parser, Refused, number, ready, run, whole, write_atomicall
 from .drawing import BLUE, RED, heat, panels, save
 from .text import Corpus, default_text, read_text
 
+# What torch.load raises for the many kinds of files that are none of its own, and a dictionary of something else.
+UNREADABLE = (pickle.UnpicklingError, struct.error, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
+              EOFError)  # fmt: skip
 SENTENCE = 'The "yield" statement (see section Yield expressions) suspends the function.\n'
 
 
@@ -194,7 +198,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("layer", -1, int, "to look at, counted from 0; -1 is the last", metavar="N")
     parser.option("temperature", [0.3, 0.7, 1.0, 1.3], number(), "of the samples", nargs="+", metavar="X")
     parser.option("sample", 300, whole(), "characters of a sample", small=80)
-    parser.common("char_lm_inside")
+    parser.common("char_lm_inside", bar=False)
     return parser.parse(arguments)
 
 
@@ -203,23 +207,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run("char_lm_inside", lambda: work(options), options.out)
 
 
-def open_checkpoint(path: str) -> tuple[CharLM, str]:
+def open_checkpoint(path: str, backend: str = "auto") -> tuple[CharLM, str]:
     """Raises Refused, in one line, for a file that is missing or is none of char_lm's."""
     try:
-        return load(Path(path))
+        return load(Path(path), backend)
     except OSError as error:
         raise Refused(
             f"cannot read {path}: {error.strerror}; `python -m lstm_triton.recipes.char_lm` writes one"
         ) from error
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+    except UNREADABLE as error:
         raise Refused(f"{path} is no checkpoint of char_lm") from error
 
 
 def work(options: argparse.Namespace) -> None:
-    model, alphabet = open_checkpoint(options.checkpoint)
+    model, alphabet = open_checkpoint(options.checkpoint, options.backend)
     if not -model.lstm.num_layers <= options.layer < model.lstm.num_layers:
         raise Refused(f"--layer {options.layer}: the model has {model.lstm.num_layers} layers")
-    text = read_text(options.text) if options.text else default_text()
+    text = default_text() if options.text is None else read_text(options.text)
     valid = text[len(Corpus.from_text(text, 1).train) :][: options.characters]
     model.to(ready(options, model.lstm))
     out = options.out

@@ -13,6 +13,7 @@ layers_N.pt, the best weights of every depth.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import LSTM
 from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, GREEN, RED, canvas, heat, save
+from .drawing import BLUE, GREEN, ORANGE, RED, canvas, heat, save
 from .tables import read_columns
 from .training import Curve, evaluation, fit, save_checkpoint
 
@@ -185,7 +186,7 @@ def classify(data: Data, layers: int, options: argparse.Namespace) -> Result:
 
 def loss_figure(results: Sequence[Result]) -> Figure:
     figure, axes = canvas()
-    for result, colour in zip(results, (BLUE, GREEN, RED, "black")):
+    for result, colour in zip(results, itertools.cycle((BLUE, GREEN, RED, "black", ORANGE))):
         label = f"{result.layers} layer{'s' * (result.layers > 1)}: {result.accuracy:.1%} right"
         axes.plot(result.curve.steps, result.curve.valid, marker="o", markersize=3, color=colour, label=label)
         axes.plot(result.curve.steps, result.curve.train, color=colour, alpha=0.4, linestyle="--")
@@ -212,13 +213,13 @@ def confusion_figure(data: Data, result: Result) -> Figure:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("classification", __doc__)
     parser.add_argument("--csv", metavar="FILE", help="texts and labels, in place of the digits")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
-    parser.option("longest", 400, whole(), "words of a text that are read")
-    parser.option("least", 2, whole(), "how often a word must stand in the training rows to be known")
+    parser.option("text_column", "text", str, only_with="csv", metavar="NAME")
+    parser.option("label_column", "label", str, only_with="csv", metavar="NAME")
+    parser.option("longest", 400, whole(), "words of a text that are read", only_with="csv")
+    parser.option("least", 2, whole(), "how often a word must stand in the training rows to be known", only_with="csv")
     parser.option("layers", [1, 2, 3], whole(), "depths to compare", nargs="+", metavar="N", small=[1])
     parser.option("hidden_size", 64, whole(), small=32)
-    parser.option("embedding_size", 64, whole(), "of a word")
+    parser.option("embedding_size", 64, whole(), "of a word", only_with="csv")
     parser.option("dropout", 0.2, number(least=0, below=1))
     parser.option("held_out", 0.2, number(below=1), "share of every class that is not trained on")
     parser.training(steps=600, small_steps=300, batch=64, learning_rate=4e-3)
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_data(options: argparse.Namespace) -> Data:
-    return texts(options) if options.csv else digits(options.held_out, options.seed)
+    return texts(options) if options.csv is not None else digits(options.held_out, options.seed)
 
 
 def work(options: argparse.Namespace) -> None:

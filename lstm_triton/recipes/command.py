@@ -7,6 +7,7 @@ import csv
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,36 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=name, description=doc, formatter_class=formatter, allow_abbrev=False)
         self.small: dict[str, Any] = {}
+        self.only: list[tuple[str, str, bool]] = []
         self.add_argument("--small", action="store_true", help="sizes for a look, in seconds; other options go before")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def option(
-        self, name: str, default: Any, kind: Callable[[str], Any], text: str = "", small: Any = None, **more: Any
+        self,
+        name: str,
+        default: Any,
+        kind: Callable[[str], Any],
+        text: str = "",
+        small: Any = None,
+        *,
+        only_with: str = "",
+        not_with: str = "",
+        **more: Any,
     ) -> None:
-        """Add --name with a default, and another default under --small."""
+        """Add --name with a default, and another default under --small.
+
+        only_with, not_with: another option, by the presence or absence of which this one would be ignored: an error.
+        """
         letter = {int: "N", float: "X"}.get(type(default), "VALUE")
         more = {"default": default, "type": kind, "metavar": letter} | more
         shown = "default: %(default)s" + (f", small: {small}" if small is not None else "")
         self.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({shown})" if text else shown, **more)
         if small is not None:
             self.small[name] = small
+        if only_with or not_with:
+            self.only.append((name, only_with or not_with, bool(only_with)))
 
     def training(self, steps: int, small_steps: int, batch: int, learning_rate: float, evaluations: int = 10) -> None:
         """The options of `training.fit`."""
@@ -85,18 +101,20 @@ class Parser(argparse.ArgumentParser):
         self.option("learning_rate", learning_rate, number(), "of Adam")
         self.option("clip", 1.0, number(), "largest norm of all gradients")
 
-    def common(self, out: str) -> None:
-        """The options of every recipe."""
+    def common(self, out: str, bar: bool = True, backend: bool = True) -> None:
+        """The options of every recipe. bar: whether it shows one; backend: whether there is a choice."""
         self.option("out", Path(out), Path, "folder for the results", metavar="FOLDER")
         self.option("seed", 0, whole(0, 2**31 - 1), "of weights and data")
-        self.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+        if backend:
+            self.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
         self.add_argument(
             "--device",
             metavar="cpu|cuda|cuda:N",
             default="cuda" if torch.cuda.is_available() else "cpu",
             help="default: cuda if there is one",
         )
-        self.add_argument("--quiet", action="store_true", help="no progress bar")
+        if bar:
+            self.add_argument("--quiet", action="store_true", help="no progress bar")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Options from `arguments`, or from the command line. Exits with status 2 where they are wrong."""
@@ -104,6 +122,11 @@ class Parser(argparse.ArgumentParser):
         if "--small" in arguments:
             self.set_defaults(**self.small)
         options = self.parse_args(arguments)
+        for name, other, wanted in self.only:
+            given = getattr(options, name) != self.get_default(name)
+            if given and wanted != bool(getattr(options, other) not in (None, False)):
+                flag, partner = (f"--{of.replace('_', '-')}" for of in (name, other))
+                self.error(f"argument {flag}: {'goes only' if wanted else 'does not go'} with {partner}")
         if "device" in options and options.device.partition(":")[0] not in ("cpu", "cuda"):
             self.error(f"argument --device: must be cpu, cuda or cuda:N, got {options.device}")
         return options
@@ -123,6 +146,8 @@ def ready(options: argparse.Namespace, *layers: LSTM) -> torch.device:
             assert isinstance(weight, Tensor)
             lstm.refusal(weight)  # raises where --backend triton is not possible
         options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass  # now, and not when there is something to be written
     except (OSError, RuntimeError, AssertionError) as error:  # torch asserts that CUDA is there
         raise Refused(first_line(error)) from error
     return device
@@ -189,4 +214,6 @@ def run(name: str, body: Callable[[], object], out: Path, speaks: bool = True) -
 
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch has a type for it on a GPU, and only a text on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("can't allocate memory", "Storage size calculation overflowed")
+    )

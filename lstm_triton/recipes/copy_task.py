@@ -63,7 +63,7 @@ def draw(generator: torch.Generator, batch: int, bits: int, delay: int) -> tuple
 
 
 class Result(NamedTuple):
-    """One trained model: share of held-out bits that are right, in [0, 1]."""
+    """One trained model: share of the bits of 512 rows, drawn apart, that are right, in [0, 1]."""
 
     kind: str
     delay: int
@@ -72,24 +72,24 @@ class Result(NamedTuple):
 
 
 def remember(kind: str, delay: int, options: argparse.Namespace) -> Result:
-    """Train a network of this kind on this delay, until options.steps or all held-out bits are right."""
+    """Train a network of this kind on this delay, for options.steps, or until the loss is options.enough."""
     torch.manual_seed(options.seed)
     model = Memoriser(kind, options.hidden_size, options.bits, delay, options.backend)
     device = torch.device(options.device)
     model.to(device)
     generator = torch.Generator().manual_seed(options.seed)
-    held_out, answers = (tensor.to(device) for tensor in draw(generator, 512, options.bits, delay))
+    drawn, answers = (tensor.to(device) for tensor in draw(generator, 512, options.bits, delay))
 
     def loss_of(_: int) -> Tensor:
         x, bits = draw(generator, options.batch, options.bits, delay)
         return F.binary_cross_entropy_with_logits(model(x.to(device)), bits.to(device))
 
     def measure() -> float:
-        return float(F.binary_cross_entropy_with_logits(model(held_out), answers))
+        return float(F.binary_cross_entropy_with_logits(model(drawn), answers))
 
     curve = fit(model, loss_of, measure, options, enough=options.enough, name=f"{KINDS[kind][0]}, delay {delay}")
     with torch.no_grad():
-        accuracy = float(((model(held_out) > 0) == (answers > 0)).float().mean())
+        accuracy = float(((model(drawn) > 0) == (answers > 0)).float().mean())
     return Result(kind, delay, accuracy, curve)
 
 

@@ -123,7 +123,7 @@ class Clinic:
     def troubles(self) -> list[Trouble]:
         """All of them, in the order of the notebook."""
         return [
-            self.of_losses("flat", "flat loss", "learning rate 1e-6", "1e-1", dict(learning_rate=1e-6),
+            self.of_losses("flat", "flat loss", "learning rate 0.000001", "0.1", dict(learning_rate=1e-6),
                            dict(learning_rate=0.1)),
             self.of_losses("oscillating", "oscillating loss", "learning rate 3, clipped", "0.1, clipped",
                            dict(learning_rate=3.0, clip=1.0), dict(learning_rate=0.1, clip=1.0)),
@@ -184,7 +184,7 @@ def inside_figure(seen: Seen) -> Figure:
     """Gradients by parameter and by step, saturated gates by layer, and states by step."""
     figure, axes = panels(2, 2, 11, 7)
     limits = seen.thresholds
-    norms = {name: float(norm) for name, norm in seen.parameters.items()}
+    norms = {name: min(float(norm), 1e30) if norm == norm else 1e30 for name, norm in seen.parameters.items()}
     tiny = limits.vanishing / 100
     axes[0].barh(list(norms), [max(norm, tiny) for norm in norms.values()], color="#2a6fbb")
     axes[0].set(
@@ -194,7 +194,7 @@ def inside_figure(seen: Seen) -> Figure:
     for limit in (limits.vanishing, limits.exploding):
         axes[0].axvline(limit, color="grey", linestyle="--")
     for name, gradients in seen.input_gradients.items():
-        axes[1].semilogy(gradients.cpu().clamp(min=1e-30), label=name or "the model")
+        axes[1].semilogy(gradients.cpu().masked_fill(gradients.cpu() == 0, torch.nan), label=name or "the model")
     axes[1].set(title="gradient of the input, by step", xlabel="step")
     for number, (name, layer) in enumerate(seen.layers.items()):
         for gate, share in zip(GATES, layer.saturation.mean((0, 2)).tolist()):
@@ -227,7 +227,7 @@ def loss_figure(troubles: Sequence[Trouble]) -> Figure:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("debugging", __doc__)
     parser.option("steps", 400, whole(80), "of the models whose losses are looked at", small=240)
-    parser.common("debugging")
+    parser.common("debugging", bar=False)
     return parser.parse(arguments)
 
 

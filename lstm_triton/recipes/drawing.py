@@ -44,7 +44,7 @@ def heat(
     image = axes.imshow(values, aspect="auto", cmap=colours, norm=Normalize(*limits), interpolation="nearest")
     for labels, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if labels is not None:
-            axis.set_ticks(range(len(labels)), labels)
+            axis.set_ticks(range(len(labels)), labels, parse_math=False)
     if numbers:
         middle = (limits[0] + limits[1]) / 2
         for row, line in enumerate(values):

@@ -58,8 +58,11 @@ class Series(NamedTuple):
 
 def load(options: argparse.Namespace) -> Series:
     """The series of --csv, or the sunspots. Raises Refused."""
-    if options.csv:
-        values, first = torch.tensor(numbers(options.csv, options.column), dtype=torch.float32), 0
+    if options.csv is not None:
+        found = numbers(options.csv, options.column)
+        if max(map(abs, found)) > 1e30:
+            raise Refused(f"{options.csv}: {max(found, key=abs):g} is too large for float32; choose a larger unit")
+        values, first = torch.tensor(found, dtype=torch.float32), 0
     else:
         table = sunspots.load_pandas().data
         values, first = torch.tensor(table["SUNACTIVITY"].to_numpy(), dtype=torch.float32), int(table["YEAR"].iloc[0])
@@ -154,7 +157,7 @@ def train(options: argparse.Namespace) -> Outcome:
         )  # once it has seen some
 
     def measure() -> float:
-        said, first = model(scaled[: series.ends[1]])[: -options.horizon], series.ends[0] - options.horizon
+        said, first = model(scaled[: series.ends[1]])[: -options.horizon], series.ends[0] - 1
         return float(F.l1_loss(said[first:], targets_of(scaled[: series.ends[1]], options.horizon)[first:]))
 
     path = options.out / "best.pt"
@@ -196,7 +199,7 @@ def error_figure(outcome: Outcome) -> Figure:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("forecast", __doc__)
     parser.add_argument("--csv", metavar="FILE", help="a series of your own, a row for every step")
-    parser.add_argument("--column", default="value", metavar="NAME", help="of --csv (default: %(default)s)")
+    parser.option("column", "value", str, "of --csv", only_with="csv", metavar="NAME")
     parser.option("period", 11, whole(), "of the seasons, in steps")
     parser.option("horizon", 11, whole(), "steps ahead")
     parser.option("hidden_size", 32, whole())

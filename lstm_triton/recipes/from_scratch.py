@@ -266,7 +266,7 @@ def sequence_figure(lstm: LSTM, x: Tensor, unit: int = 0) -> Figure:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("from_scratch", __doc__)
     parser.option("hidden_size", 16, whole(), small=4)
-    parser.common("from_scratch")
+    parser.common("from_scratch", bar=False)
     return parser.parse(arguments)
 
 
@@ -276,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(options: argparse.Namespace) -> None:
-    lstm = LSTM(3, options.hidden_size, backend=options.backend)
-    device = ready(options, lstm)
+    device = ready(options, LSTM(1, 1, backend=options.backend))
+    lstm, x = LSTM(3, options.hidden_size, backend=options.backend).to(device), torch.randn(40, 3, device=device)
     found = differences(options.seed, options.hidden_size, options.backend, options.device)
     for (stage, library), value in found.items():
         print(f"{stage:30} largest difference from {library:12} {value:.1e}")
@@ -287,7 +287,7 @@ def work(options: argparse.Namespace) -> None:
     files = [
         save(flow_figure(step), options.out / "flow.png"),
         save(table_figure(step), options.out / "step.png"),
-        save(sequence_figure(lstm, torch.randn(40, 3, device=device)), options.out / "sequence.png"),
+        save(sequence_figure(lstm, x), options.out / "sequence.png"),
     ]
     print(f"written: {', '.join(map(str, files))}")
 

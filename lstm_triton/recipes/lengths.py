@@ -119,11 +119,12 @@ def seconds(call: Callable[[], None], device: torch.device, repeats: int) -> flo
 
 def compare(options: argparse.Namespace) -> tuple[Rows, list[Outcome]]:
     """Every way on the same rows and weights. Raises Refused."""
-    ours = LSTM(options.input_size, options.hidden_size, batch_first=True, bidirectional=True, backend=options.backend)
-    device = ready(options, ours)
-    need = 4 * 12 * options.batch * options.longest * options.hidden_size
+    device = ready(options, LSTM(1, 1, backend=options.backend))
+    need = 4 * options.batch * options.longest * (12 * options.hidden_size + 2 * options.input_size)
     require_memory(need, device, f"{options.batch} rows of up to {options.longest} steps")
-    theirs = nn.LSTM(options.input_size, options.hidden_size, batch_first=True, bidirectional=True).to(device)
+    sizes = (options.input_size, options.hidden_size)
+    ours = LSTM(*sizes, batch_first=True, bidirectional=True, backend=options.backend).to(device)
+    theirs = nn.LSTM(*sizes, batch_first=True, bidirectional=True).to(device)
     theirs.load_state_dict(ours.state_dict())
     rows = [row.to(device) for row in draw(options.batch, options.longest, options.input_size, options.seed)]
     outcomes: list[Outcome] = []
@@ -173,7 +174,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("input_size", 32, whole())
     parser.option("hidden_size", 64, whole(), small=16)
     parser.option("repeats", 5, whole(), "of every timing; the median counts", small=1)
-    parser.common("lengths")
+    parser.common("lengths", bar=False)
     return parser.parse(arguments)
 
 

@@ -65,8 +65,12 @@ def generated(kinds: Sequence[str], count: int, seed: int) -> list[Pair]:
     draw = random.Random(seed)
     makers = {"dates": a_date, "numbers": a_number}
     found: dict[str, str] = {}
+    fruitless = 0
     while len(found) < count:
         source, target = makers[draw.choice(list(kinds))](draw)
+        fruitless = fruitless + 1 if source in found else 0
+        if fruitless == 1_000:
+            raise Refused(f"there are hardly more than {len(found):,} different {' and '.join(kinds)}; lower --count")
         found[source] = target
     return list(found.items())
 
@@ -74,7 +78,7 @@ def generated(kinds: Sequence[str], count: int, seed: int) -> list[Pair]:
 def read_pairs(path: str) -> list[Pair]:
     """Lines "source TAB target" of a UTF-8 file, empty lines left out. Raises Refused in one line for anything else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ Writes to --out: returns.png, returns.csv, policy.pt.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class Returns:
     def last(self) -> float:
         """Mean over the last tenth of training."""
         tail = self.means[-max(1, len(self.means) // 10) :]
-        return sum(tail) / len(tail)
+        return sum(tail) / len(tail) if tail else math.nan
 
 
 class Agent:
@@ -152,7 +153,7 @@ class Agent:
             advantage = error + options.discount * options.smoothing * alive * advantage
             advantages[t], following = advantage, rollout.values[t]
         wanted = (advantages + rollout.values).to(self.device)
-        scaled = ((advantages - advantages.mean()) / (advantages.std() + 1e-6)).to(self.device)
+        scaled = ((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6)).to(self.device)
         x, starts, actions = (tensor.to(self.device) for tensor in rollout[:3])
         logits, values, _ = self.policy(x, starts, rollout.state)
         logs = logits.log_softmax(-1)
@@ -203,7 +204,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("smoothing", 0.95, number(least=0, below=1.000001), "lambda of the generalised advantage")
     parser.option("entropy", 0.01, number(least=0), "weight of the policy's entropy")
     parser.common("recurrent_rl")
-    return parser.parse(arguments)
+    options = parser.parse(arguments)
+    if options.updates * options.seq_len < 2 * (options.corridor + 1):
+        parser.error("--updates times --seq-len must leave time for an episode: twice --corridor, and two steps more")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,10 @@ def read_columns(path: str, wanted: Sequence[str]) -> list[tuple[str, ...]]:
                     named = ", ".join(map(repr, reader.fieldnames or ())) or "none"
                     raise Refused(f"{path} has no column {name!r}; its columns: {named}")
             for row in reader:
+                if None in row:
+                    raise Refused(
+                        f"{path}, line {reader.line_num}: more values than columns; a comma in a text needs quotes"
+                    )
                 values = tuple((row[name] or "").strip() for name in wanted)
                 if not all(values):
                     raise Refused(f"{path}, line {reader.line_num}: no value for {wanted[values.index('')]!r}")

@@ -47,7 +47,7 @@ def default_text() -> str:
 def read_text(path: str) -> str:
     """The text of a UTF-8 file. Raises Refused in one line for anything else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def fit(
     curve = Curve() if curve is None else curve
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     scheduler = schedule(optimizer) if schedule else None
-    every = max(1, options.steps // options.evaluations)
+    every = -(-options.steps // options.evaluations)
     losses: list[float] = []
     with tqdm(
         total=options.steps * per_step, unit=unit, unit_scale=per_step > 1, desc=name, disable=options.quiet
@@ -133,4 +134,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 def save_checkpoint(path: Path, model: nn.Module, **more: Any) -> None:
     """Weights and what rebuilds the model, written whole."""
-    write_atomically(path, lambda part: torch.save({"model": model.state_dict(), **more}, part))
+    buffer = io.BytesIO()  # torch.save's own errors of writing are no OSError
+    torch.save({"model": model.state_dict(), **more}, buffer)
+    write_atomically(path, lambda part: part.write_bytes(buffer.getbuffer()))

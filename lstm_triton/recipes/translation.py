@@ -95,7 +95,11 @@ class Corpus(NamedTuple):
 
 def corpus_of(options: argparse.Namespace) -> Corpus:
     """The corpus of --pairs, or a generated one. No source is on both sides of the split. Raises Refused."""
-    pairs = read_pairs(options.pairs) if options.pairs else generated(options.kinds, options.count, options.seed)
+    pairs = (
+        read_pairs(options.pairs)
+        if options.pairs is not None
+        else generated(options.kinds, options.count, options.seed)
+    )
     sources = sorted({source for source, _ in pairs})
     random.Random(options.seed).shuffle(sources)
     chosen = set(sources[: max(1, round(options.held_out * len(sources)))])
@@ -187,7 +191,7 @@ def attention_figure(session: Session, texts: Sequence[str]) -> Figure:
     units = UNITS[session.options.unit][0]
     for axis, text, translation, look in zip(axes, texts, said, looks):
         image = heat(axis, look, rows=[*units(translation), "end"][: len(look)], columns=[*units(text), "end"])
-        axis.set_title(f"{text} \N{RIGHTWARDS ARROW} {translation}", fontsize=10)
+        axis.set_title(f"{text} \N{RIGHTWARDS ARROW} {translation}", fontsize=10, parse_math=False)
         axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.6)
     return figure
@@ -197,8 +201,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("translation", __doc__)
     parser.add_argument("--pairs", metavar="FILE", help="lines source TAB target, in place of the generated corpus")
     parser.option("kinds", ["dates", "numbers"], str, "what is generated", choices=("dates", "numbers"), nargs="+",
-                  metavar="dates|numbers")  # fmt: skip
-    parser.option("count", 12_000, whole(10, 500_000), "generated pairs", small=1_500)
+                  metavar="dates|numbers", not_with="pairs")  # fmt: skip
+    parser.option("count", 12_000, whole(10, 500_000), "generated pairs", small=1_500, not_with="pairs")
     parser.option("held_out", 0.1, number(below=1), "share of the sources that training does not see")
     parser.add_argument("--unit", choices=tuple(UNITS), default="character", help="default: %(default)s")
     parser.option("embedding_size", 32, whole())

@@ -222,7 +222,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser("under_the_hood", __doc__)
     parser.option("hidden_size", 64, whole(1, 256), "one program for every 16 units", small=32)
     parser.option("seq_len", 6, whole(2, 64), "steps", small=3)
-    parser.common("under_the_hood")
+    parser.common("under_the_hood", bar=False, backend=False)
     return parser.parse(arguments)
 
 
@@ -230,9 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if os.environ.get("TRITON_INTERPRET") != "1":  # Triton decides when a kernel is defined: in a process of its own
         given = sys.argv[1:] if arguments is None else list(arguments)
-        return subprocess.run(
-            [sys.executable, "-m", MODULE, *given], env={**os.environ, "TRITON_INTERPRET": "1"}
-        ).returncode
+        try:
+            command = [sys.executable, "-m", MODULE, *given]
+            return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+        except KeyboardInterrupt:  # the process has said so
+            return 130
     return run("under_the_hood", lambda: work(options), options.out)
 
 
