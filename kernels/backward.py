@@ -196,16 +196,18 @@ def lstm_backward_kernel(
             dh += tl.load(dh_n + state, mask=owned & final, other=0.0).to(compute)
 
         if PLACEMENT != "local":
-            after = time_of(step + 1, length, reverse) * row_stride_t + b * row_stride_b
+            following = tl.minimum(step + 1, seq_len - 1)  # at the last step anything is read, and not used
+            after = time_of(following, length, reverse) * row_stride_t + b * row_stride_b
             source = exchanged + (after * D + direction) * (4 * H)
-            waiting = in_batch & (step + 1 < seq_len)
+            inner = step + 1 < seq_len
             await_flags(flags, (seq_len - 1 - step) * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             dh_rec = recurrent_product(
-                source, waiting, waiting, weights, w_hh, unit, compute, H, 4 * H, True, PRECISION,
+                source, inner, None, weights, w_hh, unit, compute, H, 4 * H, True, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
+            dh_rec = tl.where(inner, dh_rec, 0.0)
             if reset is not None:
-                after_restart = restarts(reset, step + 1, length, after, waiting, reverse, row_stride_t)
+                after_restart = restarts(reset, step + 1, length, after, in_batch & inner, reverse, row_stride_t)
                 dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
         if h_mask is not None:
             dh_rec *= own_mask

@@ -67,25 +67,47 @@ def await_flags(flags, count, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PRO
 
 
 @triton.jit
-def collect(ptrs, mask, waiting, PROTOCOL: tl.constexpr):
+def load_at(ptrs, mask, other, VOLATILE: tl.constexpr, CACHE: tl.constexpr):
+    """tl.load with an optional mask: a masked load also clears its registers, in every step."""
+    if mask is None:
+        return tl.load(ptrs, cache_modifier=CACHE, volatile=VOLATILE)
+    else:
+        return tl.load(ptrs, mask=mask, other=other, cache_modifier=CACHE, volatile=VOLATILE)
+
+
+@triton.jit
+def fullest(bits, foreign):
+    """The largest of the words, which is that of EMPTY if any is; those of `foreign` rows do not count.
+
+    One maximum an element, which the compiler takes of two at a time: comparing each with EMPTY was most of a step.
+    """
+    words = bits.to(tl.core.get_int_dtype(bits.dtype.primitive_bitwidth, False), bitcast=True)
+    if foreign is not None:
+        words = tl.where(foreign, 0, words)
+    return tl.max(words)
+
+
+@triton.jit
+def collect(ptrs, mask, waiting, foreign, PROTOCOL: tl.constexpr):
     """Load a tile that other programs publish.
 
-    `waiting` says which elements come from this launch (a mailbox must not be awaited where the
-    pointers lead to an initial or reset state); masked elements are 0.
+    mask: None, or the elements to load; the others are 0. waiting: whether the tile comes from this launch at all;
+    what is loaded otherwise is not awaited. foreign: None, or rows that come from a given state, whose bits may be any.
     """
     if PROTOCOL == "mailbox":
         dtype: tl.constexpr = ptrs.dtype.element_ty
         WORD: tl.constexpr = tl.core.get_int_dtype(dtype.primitive_bitwidth, True)
+        FULL: tl.constexpr = 2**dtype.primitive_bitwidth - 1  # EMPTY without its sign
         words = ptrs.to(tl.pointer_type(WORD), bitcast=True)
-        bits = tl.load(words, mask=mask, other=0, volatile=True)
-        while tl.max(((bits == EMPTY) & waiting).to(tl.int32)) != 0:
-            bits = tl.load(words, mask=mask, other=0, volatile=True)
+        bits = load_at(words, mask, 0, True, "")
+        while waiting & (fullest(bits, foreign) == FULL):
+            bits = load_at(words, mask, 0, True, "")
         tile = bits.to(dtype, bitcast=True)
     elif PROTOCOL == "flags":
         # ".cg" reads L2, past an L1 line that may have been filled before the data was there.
-        tile = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        tile = load_at(ptrs, mask, 0.0, False, ".cg")
     else:
-        tile = tl.load(ptrs, mask=mask, other=0.0)
+        tile = load_at(ptrs, mask, 0.0, False, "")
     return tile
 
 
@@ -115,5 +137,5 @@ def share(
     # Both numbers of all programs in one load: one loop that waits, not two.
     k = tl.arange(0, 2 * TILES_POW2)
     mask = valid[:, None] & (k < 2 * TILES)[None, :]
-    both = collect(pairs[:, None] + k[None, :], mask, mask, PROTOCOL)
+    both = collect(pairs[:, None] + k[None, :], mask, True, None, PROTOCOL)
     return tl.split(tl.reshape(both, (both.shape[0], TILES_POW2, 2)))

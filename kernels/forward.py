@@ -136,7 +136,7 @@ def lstm_forward_kernel(
 
     if PLACEMENT == "single":
         projected = recurrent_product(
-            x + b * INPUTS, in_batch, in_batch, weights, w_ih + direction.to(tl.int64) * (4 * H * INPUTS), unit,
+            x + b * INPUTS, False, None, weights, w_ih + direction.to(tl.int64) * (4 * H * INPUTS), unit,
             compute, H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
@@ -182,23 +182,25 @@ def lstm_forward_kernel(
             operand = h_prev if h_mask is None else h_prev * own_mask
             acc = multiply(operand.to(dtype), weights[0], acc, UNITS_FIRST, False, PRECISION)
         else:
-            # Row by row: the output one step ago, the initial state, or the reset state.
-            before = time_of(step - 1, length, reverse) * row_stride_t + b * row_stride_b
+            # Row by row: the output one step ago, the initial state, or the reset state. Where a row begins with
+            # zeros anything is read, and not used: a masked load would clear its registers first, in every step.
+            before = time_of(tl.maximum(step - 1, 0), length, reverse) * row_stride_t + b * row_stride_b
             source = exchanged + (before * D + direction) * H
-            waiting = in_batch & (step > 0) & (restart == 0)
-            readable = waiting
+            foreign = None
             if h_0 is not None:
-                start = in_batch & (step == 0) & (restart == 0)
-                source = tl.where(start, start_h + (direction * batch + b) * H, source)
-                readable = readable | start
+                source = tl.where(step == 0, start_h + (direction * batch + b) * H, source)
             if reset_h is not None:
                 source = tl.where(restart, fresh_h + (direction * batch + b) * H, source)
-                readable = readable | restart
+                foreign = restart
             await_flags(flags, step * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             acc = recurrent_product(
-                source, readable, waiting, weights, w_hh, unit, compute, H, H, False, PRECISION,
+                source, step > 0, foreign, weights, w_hh, unit, compute, H, H, False, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
+            if h_0 is None:
+                acc = tl.where(step > 0, acc, 0.0)
+            if reset is not None and reset_h is None:
+                acc = tl.where(per_row(restart, UNITS_FIRST), 0.0, acc)
 
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
         if NORM:

@@ -106,17 +106,23 @@ def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr):
 @triton.jit
 def collect_chunk(
     source,
-    readable,
     waiting,
+    foreign,
     k,
     DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     UNITS_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
-    """Depth k of the rows that `source` [BLOCK_B] points to; rows that are not `readable` are 0."""
-    k = tl.expand_dims(k, -2)
-    tile = collect(source[:, None] + k, readable[:, None] & (k < DEPTH), waiting[:, None], PROTOCOL)
+    """Depth k of the rows that `source` [BLOCK_B] points to; see `collect`."""
+    inside = None
+    if DEPTH % BLOCK_K != 0:
+        inside = tl.expand_dims(k < DEPTH, -2) & tl.full(source.shape, True, tl.int1)[:, None]
+    rows = None
+    if foreign is not None:
+        rows = foreign[:, None]
+    tile = collect(source[:, None] + tl.expand_dims(k, -2), inside, waiting, rows, PROTOCOL)
     if UNITS_FIRST:
         tile = tl.trans(tile)
     return tile
@@ -124,9 +130,9 @@ def collect_chunk(
 
 @triton.jit
 def recurrent_product(
-    source,  # [BLOCK_B] pointers to rows of DEPTH values
-    readable,  # [BLOCK_B] bool
-    waiting,  # [BLOCK_B] bool: rows that this launch publishes
+    source,  # [BLOCK_B] pointers to rows of DEPTH values, all of which may be read
+    waiting,  # bool: whether this launch publishes them
+    foreign,  # [BLOCK_B] bool or None: rows that it does not
     weights,  # tuple of chunks, empty unless RESIDENT
     w_hh,
     unit,
@@ -153,13 +159,13 @@ def recurrent_product(
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
-            tile = collect_chunk(source, readable, waiting, k, DEPTH, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
             acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, BACKWARD, PRECISION)
     else:
         for chunk in range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
             w = load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD)
-            tile = collect_chunk(source, readable, waiting, k, DEPTH, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
             acc = multiply(tile, w, acc, UNITS_FIRST, BACKWARD, PRECISION)
     if SPLIT_K > 1:
         # Sum the slices. The last two come apart by tl.split, which also moves the result from the

@@ -112,15 +112,19 @@ def own_tile(
     BLOCK_H: tl.constexpr,
 ):
     """What a program owns: b [BLOCK_B] int64 and unit [BLOCK_H], the batch rows that exist, the
-    elements of its state tile that exist, their offsets in a [D, B, H] buffer, and row lengths."""
-    b = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    elements of its state tile that exist, their offsets in a [D, B, H] buffer, and row lengths.
+
+    Rows beyond the batch have the index and the length of its last one: they read what it reads, and store nothing.
+    """
+    row = (batch_tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     unit = hidden_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_batch = b < batch
+    in_batch = row < batch
+    b = tl.minimum(row, batch - 1)
     owned = per_row(in_batch, UNITS_FIRST) & per_unit(unit < H, UNITS_FIRST)
     state = per_row((direction * batch + b) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
     length = tl.zeros([BLOCK_B], tl.int32) + seq_len
     if lengths is not None:
-        length = tl.load(lengths + b, mask=in_batch, other=0).to(tl.int32)
+        length = tl.load(lengths + b).to(tl.int32)
     return b, unit, in_batch, owned, state, length
 
 

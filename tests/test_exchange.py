@@ -21,14 +21,17 @@ INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float
 
 @dataclass(frozen=True)
 class Traps(Case):
-    """A layer whose initial state and output gradient hold NaN with the bits of an empty mailbox."""
+    """A layer whose given states and output gradient hold NaN with the bits of an empty mailbox."""
 
     def tensors(self) -> dict[str, Tensor | None]:
         given = super().tensors()
         nan = torch.tensor(-1, dtype=INTEGERS[self.dtype]).view(self.dtype)
-        for name in ("h_0", "dout", "dh_n"):
-            given[name] = given[name].to(self.dtype)
-            given[name][0, 0] = nan
+        for name in ("h_0", "dout", "dh_n", "reset_h"):
+            if given[name] is not None:
+                given[name] = given[name].to(self.dtype)
+                given[name][0, 0] = nan
+        if self.reset:
+            given["reset"][1, 0] = True
         return given
 
 
@@ -36,6 +39,7 @@ class Traps(Case):
 NORM = Case(seq_len=3, batch=3, hidden_size=40, norm=True, cell=Cell(sampled=True, variational_h=chance(0.3)))
 CASE = Case(seq_len=4, batch=3, hidden_size=40, directions=2)  # three hidden tiles, the last one half empty
 TRAPS = Traps(seq_len=3, batch=3, hidden_size=40)
+RESET_TRAPS = Traps(seq_len=3, batch=3, hidden_size=40, reset=True)
 
 
 def grid(protocol: str, **changes) -> Config:
@@ -142,7 +146,6 @@ BACKWARD_FLAG = "        raise_flag(flags, hidden_tile, (seq_len - step) * PUBLI
 SHARE_STORE = "    tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)\n"
 SHARE_FLAG = "    raise_flag(flags, own_tile, count, PROTOCOL)\n"
 EMPTYING = "buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)"
-WAITING = "waiting = in_batch & (step > 0) & (restart == 0)"
 BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "forward: nothing published": ("flags", "forward", (FORWARD_FLAG, "")),
     "forward: flag before its data": (
@@ -152,7 +155,8 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
         (FORWARD_FLAG, FORWARD_FLAG + FORWARD_STORE),
     ),
     "forward: a step too few": ("flags", "forward", ("await_flags(flags, step * ", "await_flags(flags, -1 + step * ")),
-    "forward: initial state awaited": ("mailbox", "forward", (WAITING, "waiting = in_batch & (restart == 0)")),
+    "forward: initial state awaited": ("mailbox", "forward", ("source, step > 0, foreign,", "source, True, foreign,")),
+    "forward: reset state awaited": ("mailbox", "forward", ("foreign = restart", "foreign = None")),
     "backward: nothing published": ("flags", "backward", (BACKWARD_FLAG, "")),
     "backward: flag before its data": (
         "flags",
@@ -160,6 +164,7 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
         (BACKWARD_STORE, ""),
         (BACKWARD_FLAG, BACKWARD_FLAG + BACKWARD_STORE),
     ),
+    "backward: the end awaited": ("mailbox", "backward", ("source, inner, None,", "source, True, None,")),
     "backward: a step too few": (
         "flags",
         "backward",
@@ -171,7 +176,7 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "mailboxes read at once": (
         "mailbox",
         "exchange",
-        ("& waiting).to(tl.int32)) != 0", "& waiting).to(tl.int32)) > 1"),
+        ("(fullest(bits, foreign) == FULL)", "(fullest(bits, foreign) == FULL + 1)"),
     ),
     "NaN with the bits of an empty mailbox": (
         "mailbox",
@@ -199,6 +204,7 @@ def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPat
     """Without the step that the bug removes, some schedule deadlocks or changes a bit."""
     protocol, module, *changes = BUGS[bug]
     case = NORM if bug.startswith(("share", "norm")) else TRAPS if protocol == "mailbox" else CASE
+    case = RESET_TRAPS if "reset state" in bug else case
     with cooperative(0):
         right = run_recurrence(case, grid(protocol))
     planted = plant(tmp_path, module, *changes)
