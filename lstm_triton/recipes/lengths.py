@@ -11,6 +11,7 @@ Writes to --out: lengths.png, results.csv.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -126,6 +127,8 @@ def compare(options: argparse.Namespace) -> tuple[Rows, list[Outcome]]:
     ours = LSTM(*sizes, batch_first=True, bidirectional=True, backend=options.backend).to(device)
     theirs = nn.LSTM(*sizes, batch_first=True, bidirectional=True).to(device)
     theirs.load_state_dict(ours.state_dict())
+    # PyTorch 2.13 warns of a function that its own nested tensors call.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     rows = [row.to(device) for row in draw(options.batch, options.longest, options.input_size, options.seed)]
     outcomes: list[Outcome] = []
     truth: Result | None = None
