@@ -164,7 +164,7 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
         (BACKWARD_STORE, ""),
         (BACKWARD_FLAG, BACKWARD_FLAG + BACKWARD_STORE),
     ),
-    "backward: the end awaited": ("mailbox", "backward", ("source, inner, None,", "source, True, None,")),
+    "backward: the end awaited": ("mailbox", "backward", ("inner, None, weights,", "True, None, weights,")),
     "backward: a step too few": (
         "flags",
         "backward",

@@ -6,13 +6,13 @@ import calendar
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .command import Refused
+from .text import read_text
 
 Pair = tuple[str, str]
 PAD, START, END, UNKNOWN = range(4)
@@ -77,12 +77,7 @@ def generated(kinds: Sequence[str], count: int, seed: int) -> list[Pair]:
 
 def read_pairs(path: str) -> list[Pair]:
     """Lines "source TAB target" of a UTF-8 file, empty lines left out. Raises Refused in one line for anything else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not UTF-8 text (byte {error.start})") from error
+    text = read_text(path)
     found = []
     for i, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -91,8 +86,6 @@ def read_pairs(path: str) -> list[Pair]:
         if len(parts) != 2 or not all(part.strip() for part in parts):
             raise Refused(f'{path}, line {i}: expected "source TAB target", got {line[:40]!r}')
         found.append((parts[0].strip(), parts[1].strip()))
-    if not found:
-        raise Refused(f"{path} is empty")
     return list(dict.fromkeys(found))
 
 
