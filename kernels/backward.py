@@ -200,8 +200,8 @@ def lstm_backward_kernel(
             after = time_of(tl.minimum(step + 1, seq_len - 1), length, reverse) * row_stride_t + b * row_stride_b
             await_flags(flags, (seq_len - 1 - step) * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             dh_rec = recurrent_product(
-                exchanged + (after * D + direction) * (4 * H), inner, None, weights, w_hh, unit, compute, H, 4 * H, True,
-                PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+                exchanged + (after * D + direction) * (4 * H), inner, None, weights, w_hh, unit, compute, H, 4 * H,
+                True, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
             dh_rec = tl.where(inner, dh_rec, 0.0)
             if reset is not None:
