@@ -24,6 +24,7 @@ from .config import PLAIN_CELL, Cell, Config, Layout
 from .extras import Extras
 from .forward import lstm_forward
 from .launch import Recurrence
+from .listing import Loop, time_loop
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Report:
 
     registers: per thread. spills: bytes of stack per thread (NVIDIA) or spilled vector registers
     (AMD). shared: bytes per program. matrix_instructions: in the source text of the binary, by
-    kind (wgmma, mma, tcgen05, mfma); a loop body counts once. loop_instructions: of the machine, in
-    the time loop, inner loops counted once. asm: PTX or AMDGCN.
+    kind (wgmma, mma, tcgen05, mfma); a loop body counts once. loop: the machine's instructions in the time loop.
+    asm: PTX or AMDGCN.
     """
 
     registers: int
     spills: int
     shared: int
     matrix_instructions: dict[str, int]
-    loop_instructions: int
+    loop: Loop
     asm: str
 
 
@@ -153,19 +154,6 @@ def report_of(binary: Any) -> Report:
     return _nvidia_report(binary) if "cubin" in binary.asm else _amd_report(binary)
 
 
-def _loop_instructions(listing: str, instruction: str) -> int:
-    """Instructions in the widest loop of a disassembly; `instruction` matches a line that is one."""
-    lines = listing.splitlines()
-    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
-    loops = [(0, 0)]
-    for at, line in enumerate(lines):
-        target = re.search(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
-        if target and labels.get(target[1], at) < at:
-            loops.append((labels[target[1]], at))
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
-    return sum(re.match(instruction, line) is not None for line in lines[start : end + 1])
-
-
 def _nvidia_report(binary: Any) -> Report:
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -185,7 +173,7 @@ def _nvidia_report(binary: Any) -> Report:
         numbers["STACK"] + numbers["LOCAL"],
         binary.metadata.shared,
         {kind: count for kind, text in kinds.items() if (count := ptx.count(text))},
-        _loop_instructions(listing, r"\s*/\*[0-9a-f]+\*/"),
+        time_loop(listing),
         ptx,
     )
 
@@ -205,6 +193,6 @@ def _amd_report(binary: Any) -> Report:
         number("vgpr_spill_count"),
         binary.metadata.shared,
         {"mfma": mfma} if mfma else {},
-        _loop_instructions(asm, r"\s+[vs]_|\s+(global|flat|buffer|ds)_"),
+        time_loop(asm),
         asm,
     )

@@ -4,6 +4,7 @@
     python perf/compile_report.py --all            every candidate config (hours; narrow it down)
     python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
     python perf/compile_report.py --variant every  the default plans of every variant of the cell
+    python perf/compile_report.py --predict        what a step should cost by the model of step_model.py
 
 Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
 time loop of every config, and exits with status 1 if one that a plan uses by default spills or does
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 from lstm_triton.kernels.compile import Report, compile_pass, report_of
 from lstm_triton.kernels.config import Config
+from step_model import MACHINES, Step, predict
 from tqdm import tqdm
 
 from lstm_triton.device import KNOWN, Device
@@ -85,12 +87,21 @@ class Row:
         matrix = " ".join(f"{kind}={count}" for kind, count in report.matrix_instructions.items()) or "none"
         return (
             f"{head}  registers={report.registers} spills={report.spills} "
-            f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop_instructions} matrix: {matrix}"
+            f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop.instructions} matrix: {matrix}"
         )
 
     def record(self) -> dict:
         report = None if self.report is None else {**asdict(self.report), "asm": None}
-        return {**asdict(self.job), "report": report, "error": self.error, "ok": self.ok}
+        step = self.step()
+        predicted = None if step is None else asdict(step) | {"total": step.total, "binding": step.binding}
+        return {**asdict(self.job), "report": report, "predicted": predicted, "error": self.error, "ok": self.ok}
+
+    def step(self) -> Step | None:
+        """The model's prediction; None without a report or constants of the target."""
+        job = self.job
+        if self.report is None or job.device.arch not in MACHINES:
+            return None
+        return predict(self.report.loop, job.config, job.problem, job.device.arch, job.device.multiprocessors)
 
 
 def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[str] = ("plain",)) -> Iterator[Job]:
@@ -152,6 +163,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = [f"{dtype}-{precision}" if dtype == "float32" else dtype for dtype, precision in TYPES]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--variant", nargs="+", choices=[*VARIANTS, "every"], default=["plain"])
+    parser.add_argument("--predict", action="store_true", help="print the model's time of a step, by term")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     options = parser.parse_args(arguments)
@@ -169,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = list(tqdm(pool.map(compile_job, work), total=len(work), unit="config", disable=None))
     for row in rows:
         print(row.line() + ("" if row.ok else "  <-- not fit"))
+        if options.predict and (step := row.step()) is not None:
+            print(f"        {step}")
     bad = sum(not row.ok for row in rows)
     print(f"{len(rows)} configs, {bad} that fail, spill or do not fit")
     if options.json:

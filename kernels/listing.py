@@ -1,0 +1,66 @@
+"""What a disassembled kernel does in one step of its time loop: machine instructions by name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma", "v_wmma")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of the time loop by name.
+
+    own: outside of its inner loops, once a step. chunks: of the inner loops with matrix instructions, once for every
+    chunk of the depth. waits: of the other inner loops, which run while other programs are waited for.
+    """
+
+    own: dict[str, int]
+    chunks: dict[str, int]
+    waits: dict[str, int]
+
+    @property
+    def instructions(self) -> int:
+        """Every loop counted once."""
+        return sum(sum(part.values()) for part in (self.own, self.chunks, self.waits))
+
+    def in_a_step(self, chunks: int) -> Counter[str]:
+        """Of one step that waits for nobody, with so many chunks."""
+        return Counter(self.own) + Counter({name: chunks * count for name, count in self.chunks.items()})
+
+
+def name_of(line: str) -> str | None:
+    """The instruction in a line of nvdisasm (without a predicate, with its modifiers) or of AMD's assembler."""
+    found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line) or re.match(
+        r"\s+([vs]_\w+|(?:global|flat|buffer|ds)_\w+)", line
+    )
+    return found[1] if found else None
+
+
+def time_loop(listing: str) -> Loop:
+    """The widest loop of a disassembly, which is the one over time."""
+    lines = listing.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
+    loops = set()
+    for at, line in enumerate(lines):
+        target = re.search(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
+        if target and labels.get(target[1], at) < at:
+            loops.add((labels[target[1]], at))
+    if not loops:
+        return Loop({}, {}, {})
+    widest = max(loops, key=lambda loop: loop[1] - loop[0])
+    inner = sorted((loop for loop in loops if loop != widest and widest[0] <= loop[0] and loop[1] <= widest[1]),
+                   key=lambda loop: loop[1] - loop[0])  # fmt: skip
+    multiplies = {
+        loop: any((name_of(line) or "").startswith(MATRIX) for line in lines[loop[0] : loop[1] + 1]) for loop in inner
+    }
+    parts: tuple[Counter[str], Counter[str], Counter[str]] = (Counter(), Counter(), Counter())
+    for at in range(widest[0], widest[1] + 1):
+        name = name_of(lines[at])
+        if name is not None:
+            around = next((loop for loop in inner if loop[0] <= at <= loop[1]), None)  # the narrowest
+            parts[0 if around is None else 1 if multiplies[around] else 2][name] += 1
+    own, chunks, waits = map(dict, parts)
+    return Loop(own, chunks, waits)
