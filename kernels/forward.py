@@ -198,7 +198,10 @@ def lstm_forward_kernel(
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
             if h_0 is None:
-                acc = tl.where(step > 0, acc, 0.0)
+                begun = step > 0
+                if reset_h is not None:
+                    begun = per_row(restart | begun, UNITS_FIRST)
+                acc = tl.where(begun, acc, 0.0)
             if reset is not None and reset_h is None:
                 acc = tl.where(per_row(restart, UNITS_FIRST), 0.0, acc)
 

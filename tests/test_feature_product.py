@@ -63,7 +63,6 @@ class Call:
     return_states: tuple[str, ...]
     recompute: str
     batch_invariant: bool
-    kernels: bool
     variant: Variant
     seed: int
 
@@ -92,7 +91,6 @@ def calls(draw) -> Call:
         return_states=tuple(draw(st.lists(st.sampled_from(states), unique=True))),
         recompute=recompute,
         batch_invariant=draw(st.booleans()),
-        kernels=draw(st.booleans()),
         variant=draw(st.sampled_from(variants_for(hidden_size, proj_size))),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -179,11 +177,12 @@ def test_the_feature_product(part: int) -> None:
         own[norm].append(errors(results(call, "torch", torch.float32), truth))
         assert own[norm][-1] <= explained, f"PyTorch's path is off by {own[norm][-1]:.2e}"
         ran.append(call)
-        if call.kernels:
+        if len(ran) % 2:
             ours[norm].append(errors(results(call, "triton", torch.float32), truth))
             assert ours[norm][-1] <= explained, f"the kernels are off by {ours[norm][-1]:.2e}"
 
     check()
-    assert all(max(ours[norm]) <= 2 * max(own[norm]) for norm in own)
+    for norm in own:
+        assert max(ours[norm]) <= 2 * max(own[norm]), f"layer norm: {norm}"
     assert len(set(ran)) >= 0.9 * DRAWS // 4
     assert len(ours[False]) + len(ours[True]) >= 0.4 * DRAWS // 4
