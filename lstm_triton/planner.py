@@ -197,6 +197,7 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
         return False
     if split_precision:
         budget, most_state = 8.0, most_state / 2  # three products, operands in two parts
+        most_row = min(most_row, 24.0) if forward and flags else most_row
     elif not config.resident or (forward and config.block_b == 64):
         budget = max(8.0, budget / 2)
     if flags and not config.resident:
