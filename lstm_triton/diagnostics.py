@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .module import LSTM
 from .patching import patch, unpatch
-from .statistics import Layer, layer_of, time_first
+from .statistics import Layer, layer_of, norm_of, time_first
 from .symptoms import ADVICE, Finding, of_losses
 
 __all__ = ["Finding", "Layer", "Seen", "Thresholds", "kept_bytes", "of_losses", "watch"]
@@ -167,6 +167,7 @@ class watch:
         self.asked: dict[str, tuple[str, ...]] = {}  # the states that a module's caller asked for
         self.calls: Counter[str] = Counter()
         self.modules: list[nn.Module] = []
+        self.key = object()  # what graph nodes know this watch by; they must not hold the watch itself
 
     def __enter__(self) -> Seen:
         modules = {name: m for name, m in self.seen.model.named_modules() if isinstance(m, (nn.LSTM, LSTM))}
@@ -209,7 +210,7 @@ class watch:
     def _before(self, name: str):
         def hook(module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
             state = given[1] if len(given) > 1 else named.get("hx")
-            made = _made_at(None if state is None else state[0].grad_fn, self)
+            made = _made_at(None if state is None else state[0].grad_fn, self.key)
             if made is not None and made < self.seen.accumulated[name] and name not in self.seen.loose:
                 self.seen.loose.append(name)
             asked = named.get("return_states") or ()
@@ -237,9 +238,9 @@ class watch:
             if call < calls[name]:
                 return
             if sizes is not None:
-                steps = torch.stack([part.float().norm() for part in gradient.split(sizes)])
+                steps = torch.stack([norm_of(part) for part in gradient.split(sizes)])
             else:
-                steps = time_first(gradient, module).float().flatten(1).norm(dim=1)
+                steps = norm_of(time_first(gradient, module).flatten(1), dim=1)
             longest = len(steps) if lengths is None else int(lengths.max())
             seen.input_gradients[name] = steps[:longest].detach()
 
@@ -250,7 +251,7 @@ class watch:
         def hook(module: nn.Module, given: tuple, named: dict, result: Any) -> Any:
             output, state, states = result
             if state[0].grad_fn is not None:
-                state[0].grad_fn.metadata[id(self)] = self.seen.accumulated[name]
+                state[0].grad_fn.metadata[self.key] = self.seen.accumulated[name]
             for number in range(module.num_layers):  # type: ignore[arg-type]
                 layer = f"{name}[{number}]" if name else f"[{number}]"
                 of_layer = (states.layers[number], states.c[number], states.gates[number])
@@ -269,19 +270,19 @@ class watch:
 
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            seen.parameters[name] = parameter.grad.detach().float().norm()
+            seen.parameters[name] = norm_of(parameter.grad.detach())
             seen.accumulated.update(owners)
 
         return hook
 
 
-def _made_at(node: Any, by: object) -> int | None:
-    """What `by` noted at a state's graph node, or at one from which the state was made in a few steps."""
+def _made_at(node: Any, key: object) -> int | None:
+    """What was noted under `key` at a state's graph node, or at one from which the state was made in a few steps."""
     nodes = [node]
     for _ in range(4):
         for one in nodes:
-            if one is not None and id(by) in one.metadata:
-                return one.metadata[id(by)]
+            if one is not None and key in one.metadata:
+                return one.metadata[key]
         nodes = [parent for one in nodes if one is not None for parent, _ in one.next_functions]
     return None
 

@@ -28,6 +28,11 @@ class Layer:
     spread: Tensor
 
 
+def norm_of(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """The Euclidean norm, of 16-bit types in float32: their own range is soon left."""
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
 def time_first(tensor: Tensor, module: nn.Module) -> Tensor:
     """[T, B, ...] of a padded tensor, [T, 1, ...] of an unbatched one; `tensor` has the input's form."""
     if tensor.is_nested:

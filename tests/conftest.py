@@ -88,6 +88,14 @@ class _Torch:
 
 
 @pytest.fixture(autouse=True)
+def own_compilations() -> Iterator[None]:
+    """Dynamo counts recompilations over the whole process: past eight, tests to come would run uncompiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     import torch
 

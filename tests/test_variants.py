@@ -359,7 +359,6 @@ def test_export_of_variants(variant: dict) -> None:
 
 def test_compile_with_masks() -> None:
     """One graph, whatever B and T; new masks at every call."""
-    torch._dynamo.reset()
     module = LSTM(4, 5, zoneout=(0.2, 0.2), variational_dropout=0.3, peephole=True, backend="triton")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((5, 3, 4), (6, 2, 4)):
