@@ -31,7 +31,7 @@ from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import load_moments, norm_backward, norm_gates_backward
-from .product import gate_weights, multiply, recurrent_product, resident_weights, zero_product
+from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, zero_product
 from .tiles import (
     RUNTIME_SIZES,
     begin_sum,
@@ -44,6 +44,7 @@ from .tiles import (
     per_unit,
     restarts,
     runs_reversed,
+    stack_gates,
     store_gates,
     time_of,
 )
@@ -137,16 +138,16 @@ def lstm_backward_kernel(
     if NORM:
         dgain_c = begin_sum(dnorm_c, state, owned, compute, CARRIED)
         dbias_c = begin_sum(dnorm_c + STATES, state, owned, compute, CARRIED)
-        exchanged = dproduct
-    else:
-        exchanged = dgates
 
-    w_hh += direction.to(tl.int64) * (4 * H * H)
-    weights = ()
+    exchanged = dproduct if NORM else dgates
+    weights, w_hh = (), w_hh + direction.to(tl.int64) * (4 * H * H)
     if PLACEMENT == "local":
-        weights = gate_weights(w_hh, unit, H, BLOCK_H)
+        weights = gate_weights(w_hh, unit, H, BLOCK_H, SPLIT_K)
     elif RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, True)
+    if RESIDENT:
+        never = step_begin < 0
+        dc = in_registers(weights, dc, never, dtype, compute, True, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
 
     dh_rec = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
     last_row = time_of(step_end - 1, length, reverse) * row_stride_t + b * row_stride_b
@@ -287,11 +288,8 @@ def lstm_backward_kernel(
                 dh_old = tl.where(fresh & live, 0.0, dh_old)
         c = c_before
         if PLACEMENT == "local":
-            dh_rec = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
-            dh_rec = multiply(d_i, weights[0], dh_rec, UNITS_FIRST, True, PRECISION)
-            dh_rec = multiply(d_f, weights[1], dh_rec, UNITS_FIRST, True, PRECISION)
-            dh_rec = multiply(d_g, weights[2], dh_rec, UNITS_FIRST, True, PRECISION)
-            dh_rec = multiply(d_o, weights[3], dh_rec, UNITS_FIRST, True, PRECISION)
+            d = stack_gates(d_i, d_f, d_g, d_o, SPLIT_K, UNITS_FIRST)
+            dh_rec = gates_product(d, weights[0], compute, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
             if reset is not None:
                 dh_rec = tl.where(fresh, 0.0, dh_rec)
 
@@ -326,6 +324,8 @@ def lstm_backward(
     states come in the compute type.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
+    if config.placement == "local" and config.split_k % 4:
+        raise ValueError("placement 'local' splits the depth by gates in the backward pass: split_k is 4 or 8")
     extras.check(config, hidden_size)
     dgates = torch.empty_like(gates)
     dtype = compute_dtype(gates.dtype)

@@ -12,19 +12,47 @@ and normalises c_t before `lstm_output`. `reference.py` states the same in plain
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.constexpr_function
+def has_ptx():
+    """Whether the kernel becomes PTX: not in the interpreter, nor on AMD."""
+    return not triton.knobs.runtime.interpret and tl.target_info.is_cuda()
+
+
+@triton.jit
+def exp(x):
+    if has_ptx():
+        # Subnormal results flushed to zero: Triton's own exp spends half of its instructions on them.
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x):
+    if has_ptx():
+        # Within one unit in the last place (PTX manual), and without a division's care for extreme operands.
+        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
 
 @triton.jit
 def sigmoid(x):
     # exp overflows to inf for x < -88 and 1 / inf is the right answer: safe for every x.
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + exp(-x))
 
 
 @triton.jit
 def tanh(x):
     # On |x| the exponential lies in (0, 1]: nothing overflows, and the quotient rounds closer
     # than 2 sigmoid(2x) - 1. On x itself it would be inf / inf below about -44.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
+    e = exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) * reciprocal(1.0 + e)
     return tl.where(x < 0, -t, t)
 
 

@@ -11,6 +11,7 @@ Text = TypeVar("Text", bound="_Encoded")
 PLACEMENTS = ("local", "grid", "stepwise", "single")
 PROTOCOLS = ("none", "flags", "mailbox")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+REGISTER_BYTES = 32 * 1024  # the most of resident weights that a program keeps in registers; see product.py
 
 
 class _Encoded:
@@ -41,9 +42,10 @@ class Config(_Encoded):
     protocol: "flags" or "mailbox" for "grid", "none" otherwise; see exchange.py.
     resident: W_hh is read once per launch and stays on chip; else it is re-read every step.
     units_first: the weights are the first operand of the dot; see product.py.
-    split_k: slices of the depth that warps work on side by side, 1 for none; see product.py.
-    block_b, block_h, block_k: rows, hidden units and dot depth of one program; powers of two, at
-        least 16. "local" has block_h >= H and no block_k of its own: block_k == block_h.
+    split_k: slices of the depth that warps work on side by side, 1 for none; see product.py. "local" has none
+        forward, and backward one for every gate or part of one.
+    block_b, block_h, block_k: rows, hidden units and dot depth of one program; powers of two, block_b at
+        least 8, the others 16. "local" has block_h >= H and no block_k of its own: block_k == block_h.
     num_warps, num_stages: Triton's.
     max_batch_tiles: most batch tiles in one launch, so that all programs of a launch that waits
         are resident together; 0: no limit. A larger batch runs as several launches.
@@ -68,12 +70,15 @@ class Config(_Encoded):
             raise ValueError(f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}")
         if (self.placement == "grid") != (self.protocol != "none"):
             raise ValueError(f"placement {self.placement!r} does not go with protocol {self.protocol!r}")
-        for name in ("block_b", "block_h", "block_k"):
+        for name, least in (("block_b", 8), ("block_h", 16), ("block_k", 16)):
             block = getattr(self, name)
-            if block < 16 or block & (block - 1):
-                raise ValueError(f"{name} must be a power of two and at least 16, got {block}")
-        if self.split_k > 1 and (self.units_first or self.placement == "local" or self.block_k < 16 * self.split_k):
-            raise ValueError("split_k needs the weights second, an exchanged tile and block_k >= 16 * split_k")
+            if block < least or block & (block - 1):
+                raise ValueError(f"{name} must be a power of two and at least {least}, got {block}")
+        depth = 4 * self.block_h if self.placement == "local" else self.block_k
+        if self.split_k > 1 and depth < 16 * self.split_k:
+            raise ValueError(
+                "split_k needs slices of at least 16, of block_k, or where placement is 'local' of 4 block_h"
+            )
         if self.placement == "local" and (self.block_k != self.block_h or not self.resident):
             raise ValueError("placement 'local' keeps W_hh resident with block_k == block_h")
 

@@ -29,7 +29,7 @@ from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import moments, norm_gates, store_moments
-from .product import multiply, recurrent_product, resident_weights, zero_product
+from .product import in_registers, multiply, recurrent_product, resident_weights, zero_product
 from .tiles import (
     RUNTIME_SIZES,
     load_gates,
@@ -84,7 +84,7 @@ def lstm_forward_kernel(
     first_tile,  # first batch tile of this launch
     step_begin, step_end,
     H: tl.constexpr, INPUTS: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
-    SAVE: tl.constexpr, COUPLED: tl.constexpr, SAMPLED: tl.constexpr,
+    SAVE: tl.constexpr, COUPLED: tl.constexpr, SAMPLED: tl.constexpr, ALIGNED: tl.constexpr,
     PLACEMENT: tl.constexpr, PROTOCOL: tl.constexpr, RESIDENT: tl.constexpr, UNITS_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -133,6 +133,9 @@ def lstm_forward_kernel(
     weights = ()
     if RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
+        c = in_registers(
+            weights, c, step_begin < 0, dtype, compute, False, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H
+        )
 
     if PLACEMENT == "single":
         projected = recurrent_product(
@@ -180,7 +183,7 @@ def lstm_forward_kernel(
         if PLACEMENT == "local":
             acc = zero_product(4 * BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
             operand = h_prev if h_mask is None else h_prev * own_mask
-            acc = multiply(operand.to(dtype), weights[0], acc, UNITS_FIRST, False, PRECISION)
+            acc = multiply(operand.to(dtype), weights[0], acc, UNITS_FIRST, PRECISION)
         else:
             # Row by row: the output one step ago, the initial state, or the reset state. Where a row begins with
             # zeros anything is read, and not used: a masked load would clear its registers first, in every step.
@@ -192,6 +195,8 @@ def lstm_forward_kernel(
             if reset_h is not None:
                 source = tl.where(restart, fresh_h + (direction * batch + b) * H, source)
                 foreign = restart
+            if ALIGNED:  # from Triton 3.8 on, what was known of both pointers is not known of the chosen one
+                source = tl.multiple_of(source, 16)
             await_flags(flags, step * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             acc = recurrent_product(
                 source, step > 0, foreign, weights, w_hh, unit, compute, H, H, False, PRECISION,
@@ -277,6 +282,8 @@ def lstm_forward(
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
     if (projection is None) != (config.placement != "single") or (projection is not None and layout.seq_len != 1):
         raise ValueError("placement 'single' is for one step, with the projection of its input")
+    if config.placement == "local" and config.split_k > 1:
+        raise ValueError("placement 'local' takes no split_k in the forward pass")
     extras.check(config, hidden_size)
     x, w_ih, bias = projection or (None, None, None)
     out = w_hh.new_empty((layout.rows, directions, hidden_size))
@@ -299,6 +306,8 @@ def lstm_forward(
         c_n=c_n, carry_h=carry_h, carry_c=carry_c, lengths=lengths, reset=marks, x=x, w_ih=w_ih, bias=bias,
         masked_h_0=masked_h_0, masked_reset_h=masked_reset_h, sent=sent, pairs=pairs, stats=stats, SAVE=save,
         INPUTS=0 if x is None else x.shape[1],
+        ALIGNED=all(one is None or one.data_ptr() % 16 == 0 for one in (h_0, reset_h, masked_h_0, masked_reset_h))
+        and hidden_size * w_hh.element_size() % 16 == 0,  # out and sent are of our own making
     )  # fmt: skip
     exchanged = (out if sent is None else sent, pairs)
     recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=False)

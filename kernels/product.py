@@ -3,11 +3,11 @@
 Forward: depth H, width 4 * BLOCK_H, h_{t-1} W_hh^T for four gates of BLOCK_H units.
 Backward: depth 4H, width BLOCK_H, dgates_{t+1} W_hh.
 
-Three ways to lay it on the matrix unit:
+Ways to lay it on the matrix unit:
 - UNITS_FIRST: dot(weights [width, K], tile [K, BLOCK_B]); the weights fill the wide M axis at a
-  small batch tile, so wgmma serves BLOCK_B = 16.
+  small batch tile, so wgmma serves BLOCK_B = 16, and mma.sync BLOCK_B = 8 with nothing wasted.
 - not UNITS_FIRST: dot(tile [BLOCK_B, K], weights [K, width]).
-- SPLIT_K > 1: the same as a batched dot over SPLIT_K slices of the depth, one per warp, and a sum.
+- SPLIT_K > 1: either as a batched dot over SPLIT_K slices of the depth, one per warp, and a sum.
   A narrow product (16 x 16 x 4096) would otherwise be one long chain that every warp repeats.
 
 The depth comes in chunks of BLOCK_K: the tile is in registers on its way to the dot, and a whole
@@ -18,7 +18,11 @@ compiler keeps each in shared memory (or registers) for all steps.
 import triton
 import triton.language as tl
 
+from .config import REGISTER_BYTES
 from .exchange import collect
+from .tiles import split_gates
+
+FEW_BYTES = tl.constexpr(REGISTER_BYTES)
 
 
 @triton.jit
@@ -36,27 +40,29 @@ def depth_of(chunk, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 def load_weights(w_hh, unit, k, H: tl.constexpr, DEPTH: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr):
     """The chunk `k` of the weights of `unit` [BLOCK_H] as it lies in W_hh [4H, H], or forward in any [4H, DEPTH].
 
-    Forward: [.., 4 * BLOCK_H, K], rows (unit, gate) with gate fastest. Backward: [.., K, BLOCK_H].
+    [.., K, width]; forward the width runs over (unit, gate) with gate fastest.
     """
-    k = tl.expand_dims(k, -1) if BACKWARD else tl.expand_dims(k, -2)
+    k = tl.expand_dims(k, -1)
     if BACKWARD:
-        mask = (k < 4 * H) & (unit < H)
-        return tl.load(w_hh + k * H + unit, mask=mask, other=0.0)
+        return tl.load(w_hh + k * H + unit, mask=(k < 4 * H) & (unit < H), other=0.0)
     else:
         lane = tl.arange(0, 4 * BLOCK_H)
         row_unit = tl.min(unit, axis=0) + lane // 4
         row = (lane % 4) * H + row_unit
-        mask = (row_unit < H)[:, None] & (k < DEPTH)
-        return tl.load(w_hh + row[:, None] * DEPTH + k, mask=mask, other=0.0)
+        return tl.load(w_hh + row * DEPTH + k, mask=(row_unit < H) & (k < DEPTH), other=0.0)
 
 
 @triton.jit
-def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, WEIGHTS_BY_DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """acc += the product; WEIGHTS_BY_DEPTH says that w is [.., K, width] and not [.., width, K]."""
-    if UNITS_FIRST == WEIGHTS_BY_DEPTH:
-        w = tl.trans(w) if len(w.shape) == 2 else tl.permute(w, (0, 2, 1))
+def swapped(tile):
+    """The last two axes of a tile, or of every slice of one, changed for each other."""
+    return tl.trans(tile) if len(tile.shape) == 2 else tl.permute(tile, (0, 2, 1))
+
+
+@triton.jit
+def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc += the product of the tile and the weights [.., K, width]."""
     if UNITS_FIRST:
-        return tl.dot(w, tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return tl.dot(swapped(w), tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     else:
         return tl.dot(tile, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -66,11 +72,9 @@ def zero_product(
     WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, UNITS_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, dtype: tl.constexpr
 ):
     if SPLIT_K > 1:
-        return tl.zeros([SPLIT_K, BLOCK_B, WIDTH], dtype)
-    elif UNITS_FIRST:
-        return tl.zeros([WIDTH, BLOCK_B], dtype)
+        return tl.zeros([SPLIT_K, WIDTH, BLOCK_B] if UNITS_FIRST else [SPLIT_K, BLOCK_B, WIDTH], dtype)
     else:
-        return tl.zeros([BLOCK_B, WIDTH], dtype)
+        return tl.zeros([WIDTH, BLOCK_B] if UNITS_FIRST else [BLOCK_B, WIDTH], dtype)
 
 
 @triton.jit
@@ -93,14 +97,73 @@ def resident_weights(
 
 
 @triton.jit
-def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Backward weights of a program that owns every unit: one [BLOCK_H, BLOCK_H] chunk per gate."""
-    lane = tl.arange(0, BLOCK_H)
-    weights = ()
-    for gate in tl.static_range(4):
-        k = tl.where(lane < H, gate * H + lane, 4 * H)  # 4H and up is masked
-        weights = weights + (load_weights(w_hh, unit, k, H, 4 * H, BLOCK_H, True),)
-    return weights
+def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Backward weights of a program that owns every unit: [SPLIT_K, .., BLOCK_H], slices as `stack_gates` has them."""
+    PARTS: tl.constexpr = SPLIT_K // 4
+    slice = tl.arange(0, SPLIT_K)[:, None]
+    lane = (slice % PARTS) * (BLOCK_H // PARTS) + tl.arange(0, BLOCK_H // PARTS)[None, :]
+    k = tl.where(lane < H, (slice // PARTS) * H + lane, 4 * H)  # 4H and up is masked
+    return (load_weights(w_hh, unit, k, H, 4 * H, BLOCK_H, True),)
+
+
+@triton.jit
+def sum_slices(acc, SPLIT_K: tl.constexpr):
+    """[SPLIT_K, ..] -> [..]. The last two slices come apart by tl.split, which also moves the result from the dot's
+    register layout into the plain one that the cell update is loaded in; without it every tile of the update is
+    converted instead (53 block barriers a step against 25)."""
+    M: tl.constexpr = acc.shape[1]
+    N: tl.constexpr = acc.shape[2]
+    pair = tl.sum(tl.reshape(acc, (2, SPLIT_K // 2, M, N)), axis=1)
+    low, high = tl.split(tl.permute(pair, (1, 2, 0)))
+    return low + high
+
+
+@triton.jit
+def gates_product(
+    d,  # as `stack_gates` has them
+    weights,  # as `gate_weights` has them
+    compute: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dgates W_hh of a program that owns every unit."""
+    acc = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
+    return sum_slices(multiply(d, weights, acc, UNITS_FIRST, PRECISION), SPLIT_K)
+
+
+@triton.jit
+def in_registers(
+    weights,
+    state,  # a state tile
+    never,  # bool, false, which the compiler cannot know
+    dtype: tl.constexpr,
+    compute: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """`state`, and where the weights are few a use of them outside of the time loop: with it the compiler keeps them in
+    registers, without it it would fetch them from shared memory in every step. wgmma reads them there anyway."""
+    WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
+    SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
+    CHUNK: tl.constexpr = weights[0].numel // WIDTH // SPLIT_K
+    if len(weights) * weights[0].numel * SIZE <= FEW_BYTES:
+        acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
+        tile = zero_product(CHUNK, BLOCK_B, UNITS_FIRST, SPLIT_K, dtype) + never.to(dtype)
+        for chunk in tl.static_range(len(weights)):
+            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, PRECISION)
+        if SPLIT_K > 1:
+            acc = sum_slices(acc, SPLIT_K)
+        if not BACKWARD:
+            acc, _, _, _ = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
+        state = tl.where(never, acc, state)
+    return state
 
 
 @triton.jit
@@ -118,13 +181,13 @@ def collect_chunk(
     """Depth k of the rows that `source` [BLOCK_B] points to; see `collect`."""
     inside = None
     if DEPTH % BLOCK_K != 0:
-        inside = tl.expand_dims(k < DEPTH, -2) & tl.full(source.shape, True, tl.int1)[:, None]
+        inside = tl.expand_dims(k < DEPTH, -2)
     rows = None
     if foreign is not None:
         rows = foreign[:, None]
     tile = collect(source[:, None] + tl.expand_dims(k, -2), inside, waiting, rows, PROTOCOL)
     if UNITS_FIRST:
-        tile = tl.trans(tile)
+        tile = swapped(tile)
     return tile
 
 
@@ -160,18 +223,13 @@ def recurrent_product(
         for chunk in tl.static_range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
             tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
-            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, BACKWARD, PRECISION)
+            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, PRECISION)
     else:
         for chunk in range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
             w = load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD)
             tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
-            acc = multiply(tile, w, acc, UNITS_FIRST, BACKWARD, PRECISION)
+            acc = multiply(tile, w, acc, UNITS_FIRST, PRECISION)
     if SPLIT_K > 1:
-        # Sum the slices. The last two come apart by tl.split, which also moves the result from the
-        # dot's register layout into the plain one that the cell update is loaded in; without it
-        # every tile of the update is converted instead (53 block barriers a step against 25).
-        pair = tl.sum(tl.reshape(acc, (2, SPLIT_K // 2, BLOCK_B, WIDTH)), axis=1)
-        low, high = tl.split(tl.permute(pair, (1, 2, 0)))
-        acc = low + high
+        acc = sum_slices(acc, SPLIT_K)
     return acc

@@ -173,3 +173,18 @@ def split_gates(acc, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: 
     i, g = tl.split(i_g)
     f, o = tl.split(f_o)
     return i, f, g, o
+
+
+@triton.jit
+def stack_gates(i, f, g, o, SPLIT_K: tl.constexpr, UNITS_FIRST: tl.constexpr):
+    """Four state tiles -> [SPLIT_K, ..]: of each gate the units in SPLIT_K / 4 parts."""
+    PARTS: tl.constexpr = SPLIT_K // 4
+    M: tl.constexpr = i.shape[0]
+    N: tl.constexpr = i.shape[1]
+    quad = tl.join(tl.join(i, g), tl.join(f, o))
+    if UNITS_FIRST:
+        parts = tl.permute(tl.reshape(quad, (PARTS, M // PARTS, N, 2, 2)), (3, 4, 0, 1, 2))
+        return tl.reshape(parts, (SPLIT_K, M // PARTS, N))
+    else:
+        parts = tl.permute(tl.reshape(quad, (M, PARTS, N // PARTS, 2, 2)), (3, 4, 1, 0, 2))
+        return tl.reshape(parts, (SPLIT_K, M, N // PARTS))

@@ -142,21 +142,26 @@ def _local(problem: Problem, device: Device) -> Iterator[Config]:
     block = max(16, power_of_two(problem.hidden_size))
     if problem.without_tensor_cores and device.arch != "interpreter":
         return  # without tensor cores a resident W_hh would have to sit in registers, and does not fit
-    for block_b, warps in itertools.product((16, 32, 64), (4, 8) if block > 32 and device.is_nvidia else (4,)):
-        # wgmma takes more registers than the backward pass of variants leaves.
-        units_first = device.has_wgmma and (problem.kind == "plain" or problem.which == "forward")
-        config = Config("local", "none", True, units_first, 1, block_b, block, block, warps)
+    for block_b, warps in itertools.product((8, 16, 32, 64), (4, 8) if block > 32 and device.is_nvidia else (4,)):
+        split_k = warps if problem.which == "backward" else 1
+        units_first = _units_first(block_b, problem, device)
+        config = Config("local", "none", True, units_first, split_k, block_b, block, block, warps)
         if fits(config, problem, device):
             yield config
 
 
+def _units_first(block_b: int, problem: Problem, device: Device) -> bool:
+    """Which operand the weights are: 8 rows fit the narrow side of mma.sync only, and wgmma is wide on one side."""
+    return block_b == 8 or (problem.which == "forward" and device.has_wgmma)
+
+
 def _tiles(problem: Problem, warps: tuple[int, ...]) -> Iterator[Config]:
     """Every config in which a program owns a slice of the units, as `stepwise`."""
-    blocks = itertools.product((16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256, 512, 1024), warps)
+    blocks = itertools.product((8, 16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256, 512, 1024, 2048), warps)
     for block_b, block_h, block_k, num_warps in blocks:
         if block_h > max(16, power_of_two(problem.hidden_size)) or block_k > max(128, power_of_two(problem.depth)):
             continue
-        for units_first, split_k in ((True, 1), (False, 1), (False, num_warps)):
+        for units_first, split_k in itertools.product((True, False), (1, num_warps)):
             if split_k == 1 or block_k >= 16 * split_k:
                 for resident in (True, False):
                     blocks_of = (units_first, split_k, block_b, block_h, block_k)
@@ -187,14 +192,20 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     product = config.block_b * width * config.split_k / threads
     flags = config.protocol == "flags"
     budget, most_state, most_row = 32.0, 4.0, 32.0 if forward and flags else 64.0
+    if config.split_k > 1 and forward:
+        budget = 16.0
+    elif config.split_k > 1 and config.resident and not flags:
+        budget = 64.0
     if not problem.aligned:
         # No wide load can start on such rows: more loads, more addresses.
         budget, most_state, most_row = 8.0, 2.0, 16.0
     if problem.without_tensor_cores:
-        if config.resident or config.split_k > 1 or config.units_first or config.block_k > 32 or config.block_b > 16:
+        if config.resident or config.split_k > 1 or config.units_first or config.block_k > 32 or config.block_b != 16:
             return False
-    elif forward != (config.split_k == 1) or config.units_first != (forward and device.has_wgmma):
-        return False
+    else:
+        whole = forward and config.block_b > 8
+        if (config.split_k == 1) != whole or config.units_first != _units_first(config.block_b, problem, device):
+            return False
     if split_precision:
         budget, most_state = 8.0, most_state / 2  # three products, operands in two parts
         most_row = min(most_row, 24.0) if forward and flags else most_row

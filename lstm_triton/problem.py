@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PASSES = ("forward", "backward")
 KINDS = ("plain", "variant", "norm", "norm+")  # of cells: with variants, layer normalisation, and that with others
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-SMALLEST_BATCH, LARGEST_BATCH = 16, 4096  # a dot has at least 16 rows; beyond, only more launches
+SMALLEST_BATCH, LARGEST_BATCH = 8, 4096  # a program has at least 8 rows; beyond, only more launches
 
 
 def power_of_two(n: int) -> int:

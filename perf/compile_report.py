@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass
 import torch
 from lstm_triton.kernels.compile import Report, compile_pass, report_of
 from lstm_triton.kernels.config import Config
-from step_model import MACHINES, Step, predict
+from step_model import predict
 from tqdm import tqdm
 
+from lstm_triton.cost import MACHINES, Step
 from lstm_triton.device import KNOWN, Device
 from lstm_triton.planner import NoPlan, candidates, plan, refusal
 from lstm_triton.problem import PASSES, Problem, bucket_of_batch
@@ -101,7 +102,7 @@ class Row:
         job = self.job
         if self.report is None or job.device.arch not in MACHINES:
             return None
-        return predict(self.report.loop, job.config, job.problem, job.device.arch, job.device.multiprocessors)
+        return predict(self.report.loop, job.config, job.problem, job.device)
 
 
 def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[str] = ("plain",)) -> Iterator[Job]:

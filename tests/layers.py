@@ -116,11 +116,18 @@ def arguments(
     return (*tensors, case.batch_first, case.directions == 2, keep, False, precision, plan, cell)
 
 
-def by_kernels(case: Case, forward: Config, backward: Config, precision: str = "ieee") -> dict[str, Tensor]:
-    """The same by the operators, with these configs."""
+def backward_of(config: Config) -> Config:
+    """The config of the backward pass with the same tiles: `local` splits the depth by gates there."""
+    return replace(config, split_k=4) if config.placement == "local" else config
+
+
+def by_kernels(
+    case: Case, forward: Config, backward: Config | None = None, precision: str = "ieee"
+) -> dict[str, Tensor]:
+    """The same by the operators, with these configs; the backward one by default with the forward one's tiles."""
     given = case.tensors()
     leaves = {name: given[name].to(case.dtype).requires_grad_() for name in INPUTS if given[name] is not None}
-    plan = f"{forward.encode()}|{backward.encode()}"
+    plan = f"{forward.encode()}|{(backward or backward_of(forward)).encode()}"
     outputs = torch.ops.lstm_triton.layer(*arguments(case, leaves, "all", precision, plan))[:3]
     cotangents = [given[f"d{name}"].to(case.dtype) for name in OUTPUTS]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)

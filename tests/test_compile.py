@@ -50,14 +50,15 @@ def test_the_planner_never_underestimates_shared_memory(rows: list[dict]) -> Non
 
 
 def test_matrix_instructions(rows: list[dict]) -> None:
-    """Tensor cores everywhere but in fp32 ieee; wgmma on Hopper's forward pass."""
+    """Tensor cores everywhere but in fp32 ieee; wgmma on Hopper's forward pass from 16 rows on."""
     for row in rows:
         problem, found = row["problem"], row["report"]["matrix_instructions"]
         if problem["dtype"] == "float32" and problem["precision"] == "ieee":
             assert row["device"]["arch"].startswith("gfx") or not found
         else:
             assert sum(found.values()) > 0, row
-        if row["device"]["arch"] == "sm_90" and problem["which"] == "forward" and problem["dtype"] == "bfloat16":
+        wide = problem["which"] == "forward" and problem["dtype"] == "bfloat16" and row["config"]["block_b"] > 8
+        if row["device"]["arch"] == "sm_90" and wide:
             assert "wgmma" in found, row
 
 
@@ -67,7 +68,7 @@ def test_hidden_size_1024_is_resident_on_hopper(which: str) -> None:
     config = plan(Problem(which, 1024, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
     report = report_of(compile_pass(which, config, "sm_90", 1024, torch.bfloat16))
     assert config.resident
-    assert config.block_b == 16
+    assert config.block_b <= 16
     assert report.spills == 0
     assert report.shared >= 4 * config.block_h * 1024 * 2
     # In the loop: the loads of the cell update, one element per thread each, and none of W_hh.
@@ -126,7 +127,7 @@ def test_every_feature_compiles(which: str) -> None:
     configs = (
         grid("mailbox", which),
         grid("flags", which),
-        Config("local", "none", True, True, 1, 16, 64, 64, 8),
+        Config("local", "none", True, True, 1 if which == "forward" else 4, 8, 64, 64, 4),
         Config("stepwise", "none", False, False, 1, 16, 16, 64, 4),
     )
     for config in configs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import layers
 import pytest
 import torch
-from layers import INPUTS, Case, run_recurrence
+from layers import INPUTS, Case, backward_of, run_recurrence
 from lstm_triton.kernels.config import Config
 
 from lstm_triton import functional, layer, ops
@@ -34,7 +34,7 @@ def arguments(case: Case, dtype: torch.dtype, plan: str = "", keep: str = "all")
 )
 def test_gradcheck(config: Config, case: Case) -> None:
     """fp64 gradients through the kernels against finite differences."""
-    plan = f"{config.encode()}|{config.encode()}"
+    plan = f"{config.encode()}|{backward_of(config).encode()}"
     inputs = arguments(case, torch.float64, plan)
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
 
@@ -209,8 +209,8 @@ def test_config_text_round_trip() -> None:
         (dict(placement="nowhere"), "placement must be"),
         (dict(protocol="pigeon"), "protocol must be"),
         (dict(protocol="none"), "does not go with"),
-        (dict(block_b=8), "block_b must be a power of two"),
-        (dict(block_h=24), "block_h must be a power of two"),
+        (dict(block_b=4), "block_b must be a power of two and at least 8"),
+        (dict(block_h=24), "block_h must be a power of two and at least 16"),
         (dict(split_k=4), "split_k needs"),
     ],
 )
@@ -230,3 +230,11 @@ def test_runs_are_bitwise_equal() -> None:
     with cooperative(3):
         second = run_recurrence(case, MAILBOX)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_local_splits_the_depth_by_gates_and_only_backward() -> None:
+    case = Case(hidden_size=5)
+    with pytest.raises(ValueError, match="split_k is 4 or 8"):
+        layers.by_kernels(case, LOCAL, LOCAL)
+    with pytest.raises(ValueError, match="no split_k in the forward pass"):
+        layers.by_kernels(case, backward_of(LOCAL))

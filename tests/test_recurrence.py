@@ -19,10 +19,12 @@ TILES = {
     "weights-first": dict(units_first=True, split_k=1, block_b=16, block_h=16, block_k=16, num_warps=4),
     "weights-second": dict(units_first=False, split_k=1, block_b=16, block_h=16, block_k=16, num_warps=4),
     "split-k": dict(units_first=False, split_k=2, block_b=16, block_h=16, block_k=32, num_warps=4),
+    "split-k-weights-first": dict(units_first=True, split_k=2, block_b=8, block_h=16, block_k=32, num_warps=4),
 }
 CONFIGS = {
     "local-weights-first": Config("local", "none", True, True, 1, 16, 32, 32, 4),
     "local-weights-second": LOCAL,
+    "local-8-rows": Config("local", "none", True, True, 1, 8, 32, 32, 4),
 }
 for shape, tiles in TILES.items():
     for resident in (True, False):
@@ -48,7 +50,7 @@ FEATURES = {
 
 def check(case: Case, config: Config) -> None:
     with cooperative(seed=case.seed):
-        ours = by_kernels(case, config, config)
+        ours = by_kernels(case, config)
     assert_as_good_as_torch(ours, case)
 
 

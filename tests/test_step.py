@@ -21,7 +21,7 @@ SINGLE = {
     "weights-second": Config("single", "none", False, False, 1, 16, 32, 32, 4),
     "split-k": Config("single", "none", False, False, 2, 16, 16, 32, 4),
 }
-BACKWARD = Config("local", "none", True, False, 1, 16, 32, 32, 4)
+BACKWARD = Config("local", "none", True, False, 4, 16, 32, 32, 4)
 CASES = {
     "plain": Case(seq_len=1),
     "wide-input": Case(seq_len=1, input_size=37),

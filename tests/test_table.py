@@ -146,7 +146,7 @@ def test_every_kernel_source_is_in_the_hash() -> None:
 
 
 def test_buckets() -> None:
-    assert [bucket_of_batch(b) for b in (1, 16, 17, 100, 4096, 10**6)] == [16, 16, 32, 128, 4096, 4096]
+    assert [bucket_of_batch(b) for b in (1, 16, 17, 100, 4096, 10**6)] == [8, 16, 32, 128, 4096, 4096]
     found = [bucket_of_hidden_size(h) for h in (1, 16, 17, 128, 129, 192, 256, 300, 512, 650, 1024, 1150, 8192)]
     assert found == [16, 16, 32, 128, 160, 192, 256, 320, 512, 768, 1024, 1280, 8192]
     for hidden_size in range(1, 2000):

@@ -49,7 +49,7 @@ def case_of(base: Case, *flags: str) -> Case:
 
 def check(case: Case, config: Config) -> None:
     with cooperative(seed=case.seed):
-        ours = by_kernels(case, config, config)
+        ours = by_kernels(case, config)
     assert_as_good_as_torch(ours, case)
 
 
