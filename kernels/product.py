@@ -151,7 +151,8 @@ def in_registers(
     """`state`, and where the weights are few a use of them outside of the time loop: with it the compiler keeps them in
     registers, without it it would fetch them from shared memory in every step. wgmma reads them there anyway."""
     WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
-    SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
+    PARTS: tl.constexpr = 2 if PRECISION == "tf32x3" and dtype == tl.float32 else 1
+    SIZE: tl.constexpr = PARTS * dtype.primitive_bitwidth // 8
     CHUNK: tl.constexpr = weights[0].numel // WIDTH // SPLIT_K
     if len(weights) * weights[0].numel * SIZE <= FEW_BYTES:
         acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)

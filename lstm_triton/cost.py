@@ -152,7 +152,7 @@ def shared_bytes(config: Config, problem: Problem) -> int:
     copies = 2 if problem.dtype == "float32" and problem.precision == "tf32x3" else 1  # high and low parts
     if config.placement == "local":
         state = config.block_b * config.block_h
-        return copies * 4 * config.block_h**2 * size + max(4 * size + 8, 4 * config.split_k) * state
+        return copies * 4 * config.block_h**2 * size + max(copies * 4 * size + 8, 4 * config.split_k) * state
     chunks = ceil_div(problem.depth, config.block_k) if config.resident else 1
     weights = chunks * config.block_k * width * size * config.num_stages
     tile = config.block_b * config.block_k * size * config.num_stages
@@ -182,7 +182,7 @@ def features(config: Config, problem: Problem, device: Device) -> dict[str, floa
     chain = products * depth / config.split_k / (16 if size == 2 else 8)
     wgmma = device.has_wgmma and config.units_first and config.split_k == 1 and config.block_b >= 16 and width >= 64
     tile, weights = config.block_b * depth * size, width * depth * size
-    few = config.resident and weights <= REGISTER_BYTES
+    few = config.resident and weights * (2 if products == 3 else 1) <= REGISTER_BYTES
     fetched = 0 if few or (wgmma and products == 1) else products * weights  # tf32x3 splits them for wgmma
     groups = min(config.num_warps // 4, width // 64) if wgmma else 1
     return {

@@ -142,7 +142,8 @@ def _local(problem: Problem, device: Device) -> Iterator[Config]:
     block = max(16, power_of_two(problem.hidden_size))
     if problem.without_tensor_cores and device.arch != "interpreter":
         return  # without tensor cores a resident W_hh would have to sit in registers, and does not fit
-    for block_b, warps in itertools.product((8, 16, 32, 64), (4, 8) if block > 32 and device.is_nvidia else (4,)):
+    rows = (16, 32, 64) if device.is_amd else (8, 16, 32, 64)
+    for block_b, warps in itertools.product(rows, (4, 8) if block > 32 and device.is_nvidia else (4,)):
         split_k = warps if problem.which == "backward" else 1
         units_first = _units_first(block_b, problem, device)
         config = Config("local", "none", True, units_first, split_k, block_b, block, block, warps)
@@ -192,13 +193,15 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     product = config.block_b * width * config.split_k / threads
     flags = config.protocol == "flags"
     budget, most_state, most_row = 32.0, 4.0, 32.0 if forward and flags else 64.0
+    if config.block_b == 8:
+        most_state = 2.0
     if config.split_k > 1 and forward:
         budget = 16.0
     elif config.split_k > 1 and config.resident and not flags:
         budget = 64.0
     if not problem.aligned:
         # No wide load can start on such rows: more loads, more addresses.
-        budget, most_state, most_row = 8.0, 2.0, 16.0
+        budget, most_state, most_row = 8.0, min(most_state, 2.0), 16.0
     if problem.without_tensor_cores:
         if config.resident or config.split_k > 1 or config.units_first or config.block_k > 32 or config.block_b != 16:
             return False

@@ -197,7 +197,7 @@ def test_the_search_measures_every_admissible_config() -> None:
     told = []
     entry = search_configs(TINY, INTERPRETER, CPU, math.inf, tell=told.append)
     assert entry.complete
-    assert len(entry.measured) == len(told) == 3
+    assert len(entry.measured) == len(told) == 4
     assert entry.measured[entry.config.encode()] == min(entry.measured.values())
     assert entry.config.max_batch_tiles == 0
 
@@ -216,7 +216,7 @@ def test_a_config_that_is_wrong_or_fails_is_left_out(which: str, monkeypatch: py
 
     monkeypatch.setattr(search.Scratch, "_by_kernels", sabotaged)
     entry = search_configs(problem, INTERPRETER, CPU, math.inf)
-    assert entry.config.block_b == 64
+    assert entry.config.block_b in (8, 64)
     results = {Config.decode(key).block_b: value for key, value in entry.measured.items()}
     assert results[16].startswith("wrong: result 0 has an rms error of")
     assert results[32] == "RuntimeError: out of resources"
@@ -235,7 +235,7 @@ def test_the_search_stops_at_its_deadline_and_goes_on_from_there() -> None:
     told = []
     whole = search_configs(TINY, INTERPRETER, CPU, math.inf, known=first, tell=told.append)
     assert whole.complete
-    assert len(told) == 2
+    assert len(told) == 3
     assert first.measured.items() <= whole.measured.items()
 
 
@@ -321,7 +321,7 @@ def test_a_compiler_that_dies_takes_one_config_with_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(search, "ProcessPoolExecutor", Single)
     entry = search_configs(TINY, INTERPRETER, CPU, math.inf, pool=Pool())
     assert [value for value in entry.measured.values() if isinstance(value, str)] == ["the compiler ended its process"]
-    assert len(entry.measured) == 3
+    assert len(entry.measured) == 4
 
 
 def test_ranks_whose_store_cannot_compare(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
