@@ -6,6 +6,7 @@ python perf/soak.py --launches 10000
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 
 import torch
@@ -17,13 +18,17 @@ from rows import needs_gpu
 HIDDEN, BATCH, STEPS = 512, 16, 32
 
 
-def recurrences(protocol: str, seed: int):
-    """A call that runs forward and backward once and returns out and dgates."""
+def recurrences(protocol: str, rows: int, seed: int):
+    """A call that runs forward and backward once, in tiles of so many rows, and returns out and dgates."""
     torch.manual_seed(seed)
     wide = torch.cuda.get_device_capability()[0] == 9
     # Two launches must be resident side by side: each takes half of the multiprocessors at most.
-    forward = Config("grid", protocol, True, wide, 1, 16, 16, 256, 8, max_batch_tiles=1)
-    backward = Config("grid", protocol, True, False, 8, 16, 16, 512, 8, max_batch_tiles=1)
+    if rows == 8:
+        forward = Config("grid", protocol, True, True, 4, 8, 16, 512, 4, max_batch_tiles=2)
+        backward = Config("grid", protocol, True, True, 4, 8, 16, 1024, 4, max_batch_tiles=2)
+    else:
+        forward = Config("grid", protocol, True, wide, 1, 16, 16, 256, 8, max_batch_tiles=1)
+        backward = Config("grid", protocol, True, False, 8, 16, 16, 512, 8, max_batch_tiles=1)
     layout = Layout(BATCH, STEPS, False)
     options = dict(device="cuda", dtype=torch.bfloat16)
     projected = torch.randn(layout.rows, 1, 4 * HIDDEN, **options)
@@ -41,12 +46,14 @@ def recurrences(protocol: str, seed: int):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--launches", type=int, default=10_000, help="of each pass and protocol (default: %(default)s)")
+    parser.add_argument(
+        "--launches", type=int, default=10_000, help="of each pass, protocol and size of tiles (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if needs_gpu():
         return 2
-    for protocol in ("flags", "mailbox"):
-        calls = [recurrences(protocol, seed) for seed in (0, 1)]
+    for protocol, rows in itertools.product(("flags", "mailbox"), (16, 8)):
+        calls = [recurrences(protocol, rows, seed) for seed in (0, 1)]
         expected = [call() for call in calls]
         streams = [torch.cuda.Stream() for _ in calls]
         torch.cuda.synchronize()
@@ -58,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
                         different += (got != right).any()
         torch.cuda.synchronize()
         print(
-            f"{protocol}: {options.launches} launches of each pass, {int(different)} with a different result",
+            f"{protocol}, tiles of {rows} rows: {options.launches} launches of each pass, "
+            f"{int(different)} with a different result",
             flush=True,
         )
         if different:
