@@ -145,7 +145,7 @@ def lstm_backward_kernel(
         weights = gate_weights(w_hh, unit, H, BLOCK_H, SPLIT_K)
     elif RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, True)
-    if RESIDENT:
+    if RESIDENT and PLACEMENT != "stepwise":
         never = step_begin < 0
         dc = in_registers(weights, dc, never, dtype, compute, True, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
 
@@ -324,7 +324,7 @@ def lstm_backward(
     states come in the compute type.
     """
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
-    if config.placement == "local" and config.split_k % 4:
+    if config.placement == "local" and config.split_k not in (4, 8):
         raise ValueError("placement 'local' splits the depth by gates in the backward pass: split_k is 4 or 8")
     extras.check(config, hidden_size)
     dgates = torch.empty_like(gates)

@@ -23,7 +23,7 @@ def has_ptx():
 
 @triton.jit
 def exp(x):
-    if has_ptx():
+    if has_ptx() and x.dtype == tl.float32:
         # Subnormal results flushed to zero: Triton's own exp spends half of its instructions on them.
         asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
         return tl.inline_asm_elementwise(asm, "=r,r", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
@@ -33,7 +33,7 @@ def exp(x):
 
 @triton.jit
 def reciprocal(x):
-    if has_ptx():
+    if has_ptx() and x.dtype == tl.float32:
         # Within one unit in the last place (PTX manual), and without a division's care for extreme operands.
         asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
         return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -133,9 +133,11 @@ def lstm_forward_kernel(
     weights = ()
     if RESIDENT:
         weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
-        c = in_registers(
-            weights, c, step_begin < 0, dtype, compute, False, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H
-        )
+        if PLACEMENT != "stepwise":
+            never = step_begin < 0
+            c = in_registers(
+                weights, c, never, dtype, compute, False, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H
+            )
 
     if PLACEMENT == "single":
         projected = recurrent_product(

@@ -9,6 +9,7 @@ Ways to lay it on the matrix unit:
 - not UNITS_FIRST: dot(tile [BLOCK_B, K], weights [K, width]).
 - SPLIT_K > 1: either as a batched dot over SPLIT_K slices of the depth, one per warp, and a sum.
   A narrow product (16 x 16 x 4096) would otherwise be one long chain that every warp repeats.
+  Where one program owns every unit, the slices of the backward product are the gates, or halves of them.
 
 The depth comes in chunks of BLOCK_K: the tile is in registers on its way to the dot, and a whole
 row block would not fit. RESIDENT weights are a tuple of chunks loaded before the time loop; the

@@ -183,7 +183,8 @@ def features(config: Config, problem: Problem, device: Device) -> dict[str, floa
     wgmma = device.has_wgmma and config.units_first and config.split_k == 1 and config.block_b >= 16 and width >= 64
     tile, weights = config.block_b * depth * size, width * depth * size
     few = config.resident and weights * (2 if products == 3 else 1) <= REGISTER_BYTES
-    fetched = 0 if few or (wgmma and products == 1) else products * weights  # tf32x3 splits them for wgmma
+    # wgmma reads resident weights where they lie; those of tf32x3 are split for it first.
+    fetched = 0 if few or (wgmma and products == 1 and config.resident) else products * weights
     groups = min(config.num_warps // 4, width // 64) if wgmma else 1
     return {
         "step": 1,

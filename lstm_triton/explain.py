@@ -15,7 +15,7 @@ from .kernels.config import Config
 from .module import LSTM
 from .planner import NoPlan, Plan, plan_single
 from .precision import resolve_precision
-from .problem import PASSES, SMALLEST_BATCH, Problem
+from .problem import INVARIANT_BATCH, PASSES, Problem
 from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
 from .settings import strict
 
@@ -96,7 +96,7 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     if isinstance(module, LSTM):
         layers, directions, proj_size = module.num_layers, 2 if module.bidirectional else 1, module.proj_size
     dtype = compute_dtype(data.device.type, next(module.parameters()).dtype)
-    batch = SMALLEST_BATCH if invariant else _batch(module, input)
+    batch = INVARIANT_BATCH if invariant else _batch(module, input)
     sizes = (module.input_size, module.hidden_size, batch, layers, directions)
     call = Call(*sizes, dtype, proj_size, packed)
     one_step = isinstance(module, LSTMCell) or (not packed and _steps(module, data) == 1)

@@ -23,7 +23,7 @@ from .kernels.matmul import matmul
 from .philox import INPUT, RECURRENT
 from .planner import NoPlan, plan_single
 from .precision import matmul_precision
-from .problem import PASSES, SMALLEST_BATCH, Problem
+from .problem import INVARIANT_BATCH, PASSES, Problem
 from .routing import kernel_device, plan_for
 from .settings import AUTOTUNE
 
@@ -152,7 +152,7 @@ def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, kind: 
     if isinstance(device, NoPlan):
         raise RuntimeError(f"lstm_triton: {device.reason}")
     # One config for all batches: its tiles say in which order a row's sums are made.
-    batch = SMALLEST_BATCH if options.batch_invariant else batch
+    batch = INVARIANT_BATCH if options.batch_invariant else batch
     problem = Problem(which, hidden_size, batch, sets, dtype, options.precision, kind)
     if w_hh.is_cuda and AUTOTUNE.read() == "on":
         from .tuning import first_call

@@ -184,9 +184,10 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     width = problem.width(config.block_h)
     state = config.block_b * config.block_h / threads
     split_precision = problem.precision == "tf32x3" and problem.dtype == "float32"
-    if config.placement == "local":
-        return state <= (2 if split_precision else 4 if problem.kind == "norm+" else 8)
     forward = problem.which == "forward"
+    if config.placement == "local":
+        everything = 4 if forward else 2
+        return state <= (2 if split_precision else everything if problem.kind == "norm+" else 8)
     tile = config.block_b * config.block_k * words / threads
     row_block = config.block_b * problem.depth * words / threads
     weights = 0.0 if config.resident else width * config.block_k * words / threads

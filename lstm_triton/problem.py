@@ -7,6 +7,7 @@ from dataclasses import dataclass
 PASSES = ("forward", "backward")
 KINDS = ("plain", "variant", "norm", "norm+")  # of cells: with variants, layer normalisation, and that with others
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+INVARIANT_BATCH = 16  # what a plan is asked for where one has to serve every batch
 SMALLEST_BATCH, LARGEST_BATCH = 8, 4096  # a program has at least 8 rows; beyond, only more launches
 
 

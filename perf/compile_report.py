@@ -4,7 +4,7 @@
     python perf/compile_report.py --all            every candidate config (hours; narrow it down)
     python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
     python perf/compile_report.py --variant every  the default plans of every variant of the cell
-    python perf/compile_report.py --predict        what a step should cost by the model of step_model.py
+    python perf/compile_report.py --predict        what a step should cost by the model of lstm_triton/cost.py
 
 Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
 time loop of every config, and exits with status 1 if one that a plan uses by default spills or does

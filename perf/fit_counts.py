@@ -40,7 +40,7 @@ def draw(draws: random.Random) -> Job:
 
 def fit(rows: list[Row], which: str, count: str, names: tuple[str, ...]) -> tuple[dict[str, float], torch.Tensor]:
     """Coefficients >= 0 with the smallest relative errors, and estimate / count of each row."""
-    chosen = [row for row in rows if row.job.problem.which == which and row.report is not None]
+    chosen = [row for row in rows if row.job.problem.which == which and row.ok]
     jobs = [row.job for row in chosen]
     have = [features(job.config, job.problem, job.device) for job in jobs]
     counts = [counts_of(row.report.loop, row.job.config, row.job.problem) for row in chosen if row.report is not None]

@@ -24,8 +24,8 @@ def recurrences(protocol: str, rows: int, seed: int):
     wide = torch.cuda.get_device_capability()[0] == 9
     # Two launches must be resident side by side: each takes half of the multiprocessors at most.
     if rows == 8:
-        forward = Config("grid", protocol, True, True, 4, 8, 16, 512, 4, max_batch_tiles=2)
-        backward = Config("grid", protocol, True, True, 4, 8, 16, 1024, 4, max_batch_tiles=2)
+        forward = Config("grid", protocol, True, True, 4, 8, 16, 512, 4, max_batch_tiles=1)
+        backward = Config("grid", protocol, True, True, 4, 8, 16, 1024, 4, max_batch_tiles=1)
     else:
         forward = Config("grid", protocol, True, wide, 1, 16, 16, 256, 8, max_batch_tiles=1)
         backward = Config("grid", protocol, True, False, 8, 16, 16, 512, 8, max_batch_tiles=1)

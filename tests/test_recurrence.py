@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,13 +63,21 @@ def test_every_config(config: Config, feature: str) -> None:
 
 
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("name", ["local-weights-second", "mailbox-split-k-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
+@pytest.mark.parametrize("name", ["local-weights-second", "local-8-rows", "mailbox-split-k-resident", "mailbox-split-k-weights-first-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
 def test_every_feature(case: Case, name: str) -> None:
     if case.hidden_size <= 16 and name.startswith("local"):
         config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
     else:
         config = CONFIGS[name]
     check(case, config)
+
+
+@pytest.mark.parametrize("units_first", [True, False])
+def test_two_slices_for_each_gate(units_first: bool) -> None:
+    """Eight warps of a `local` backward pass; at H = 20 the second slice of a gate has a tail."""
+    case = FEATURES["everything"]
+    forward = Config("local", "none", True, units_first, 1, 8, 32, 32, 8)
+    assert_as_good_as_torch(by_kernels(case, forward, replace(forward, split_k=8)), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -113,7 +123,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
         gates=rows, w_hh=w_hh, h_0=None, c_0=None, reset_h=None, reset_c=None, out=out, cells=None, h_n=h_n, c_n=c_n,
         carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, x=None, w_ih=None, bias=None, batch=1, seq_len=seq_len,
         masked_h_0=None, masked_reset_h=None, sent=None, pairs=None, stats=None, row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
-        step_end=seq_len, SAVE=False, INPUTS=0, **PLAIN.arguments(), **constants(config, hidden, 1, "forward", "ieee", torch.float16),
+        step_end=seq_len, SAVE=False, INPUTS=0, ALIGNED=False, **PLAIN.arguments(), **constants(config, hidden, 1, "forward", "ieee", torch.float16),
     )  # fmt: skip
     i, _, g, o = rows[-1, 0].double().view(4, hidden)
     want = o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()

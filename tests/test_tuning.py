@@ -249,15 +249,17 @@ def test_no_tensor_but_scratch_is_touched() -> None:
         assert torch.equal(old, new)
 
 
-def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(store, "active_table", lambda device: store.read(store.user_path(device), device))
     first_call.tune(TINY, INTERPRETER, CPU)
     written = load(store.user_path(INTERPRETER))
     assert list(written.entries) == [bucket_of(TINY)]
     monkeypatch.setattr(first_call, "search", None)  # neither tried nor known again
-    first_call.tune(replace(TINY, batch=9), INTERPRETER, CPU)
+    caplog.clear()
+    first_call.tune(replace(TINY, batch=7), INTERPRETER, CPU)
     first_call._TRIED.clear()
     first_call.tune(TINY, INTERPRETER, CPU)
+    assert not caplog.records  # a search that fails is logged, and no error
 
 
 def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_lead() -> None:
 
 def test_residence() -> None:
     found = {row.hidden_size: row for row in under_the_hood.residence((64, 512, 1024, 4096))}
-    assert (found[64].placement, found[64].programs, found[64].slice) == ("local", 1, found[64].matrix)
+    assert (found[64].placement, found[64].programs, found[64].slice) == ("local", 2, found[64].matrix)
     assert found[1024].resident
     assert found[1024].slice * found[1024].programs == found[1024].matrix == 4 * 1024 * 1024 * 2
     assert not found[4096].resident

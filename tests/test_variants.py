@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import Case, arguments, assert_as_good_as_torch, by_kernels
+from layers import Case, arguments, assert_as_good_as_torch, backward_of, by_kernels
 from lstm_triton.kernels.config import Cell, Config, chance
 from torch import Tensor, nn
 
@@ -97,7 +97,7 @@ def test_gradcheck(without: str) -> None:
     config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
     given = {name: t for name, t in case.tensors().items() if t is not None}
     leaves = {n: t.requires_grad_() for n, t in given.items() if t.is_floating_point() and not n.startswith("d")}
-    plan = f"{config.encode()}|{config.encode()}"
+    plan = f"{config.encode()}|{backward_of(config).encode()}"
 
     def layer(*values: Tensor):
         return torch.ops.lstm_triton.layer(*arguments(case, dict(zip(leaves, values)), plan=plan))[:3]
