@@ -32,19 +32,19 @@ def exp(x):
 
 
 @triton.jit
-def reciprocal(x):
-    if has_ptx() and x.dtype == tl.float32:
+def quotient(a, b):
+    if has_ptx() and b.dtype == tl.float32:
         # Within one unit in the last place (PTX manual), and without a division's care for extreme operands.
         asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return a * tl.inline_asm_elementwise(asm, "=r,r", [b], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return 1.0 / x
+        return a / b
 
 
 @triton.jit
 def sigmoid(x):
     # exp overflows to inf for x < -88 and 1 / inf is the right answer: safe for every x.
-    return reciprocal(1.0 + exp(-x))
+    return quotient(1.0, 1.0 + exp(-x))
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def tanh(x):
     # On |x| the exponential lies in (0, 1]: nothing overflows, and the quotient rounds closer
     # than 2 sigmoid(2x) - 1. On x itself it would be inf / inf below about -44.
     e = exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) * reciprocal(1.0 + e)
+    t = quotient(1.0 - e, 1.0 + e)
     return tl.where(x < 0, -t, t)
 
 
