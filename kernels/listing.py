@@ -43,13 +43,14 @@ def time_loop(listing: str) -> Loop:
     """The widest loop of a disassembly, which is the one over time."""
     lines = listing.splitlines()
     labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
-    loops = set()
+    ends: dict[int, int] = {}  # of a loop that jumps back to its head from several places, the last
     for at, line in enumerate(lines):
         target = re.search(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", line)
         if target and labels.get(target[1], at) < at:
-            loops.add((labels[target[1]], at))
-    if not loops:
+            ends[labels[target[1]]] = at
+    if not ends:
         return Loop({}, {}, {})
+    loops = list(ends.items())
     widest = max(loops, key=lambda loop: loop[1] - loop[0])
     inner = sorted((loop for loop in loops if loop != widest and widest[0] <= loop[0] and loop[1] <= widest[1]),
                    key=lambda loop: loop[1] - loop[0])  # fmt: skip

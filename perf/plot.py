@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from figures import BASELINE, PASS, Rows, figures, geometric_mean, providers_in, speedups, style
 from rows import RowsError, read_rows
+from steps import predicted_against_measured
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,7 +55,8 @@ def draw(rows: Rows, out: Path) -> list[Path]:
     """Write the figures and the summary; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, make in figures(rows).items():
+    drawn = figures(rows) | {"steps": lambda: predicted_against_measured(rows)}
+    for name, make in drawn.items():
         figure = make()
         if figure is not None:
             figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})

@@ -78,7 +78,14 @@ USERS = [
     user("published: the same in bf16", 768, 768, 16, 1024, 1, 1, "bfloat16"),
 ]
 
+FIRST_USERS = ("speech synthesis encoder", "word model, medium", "published: the same in bf16")
 SETS: dict[str, list[Shape]] = {
+    # Two or three of each region: what is measured where there is hardly any time.
+    "first": [square("small", 64, 64, 256, "float16"), square("small", 128, 256, 256, "float16"),
+              square("home", 512, 32, 256, "float16"), square("home", 1024, 64, 256, "float16"),
+              square("open", 256, 64, 128, "bfloat16"), square("open", 1024, 16, 128, "bfloat16"),
+              square("open", 512, 64, 128, "float32-tf32"),
+              *(one for one in USERS if one.label in FIRST_USERS)],
     "small": [square("small", h, b, 256, d) for d, h, b in
               product(("float16", "float32-tf32"), (32, 64, 128, 192), (16, 64, 256, 1024))],
     "home": [square("home", h, b, 256, "float16") for h, b in product((256, 512, 768, 1024), (8, 32, 64, 128))],

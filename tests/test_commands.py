@@ -124,7 +124,7 @@ def test_an_interrupted_tuning_keeps_what_it_has(
     """Ctrl-C during the second config of the first pass, and the first of the second."""
     from lstm_triton.tuning.search import Scratch
 
-    real, calls = Scratch.microseconds_per_step, []
+    real, calls = Scratch.times_per_step, []
 
     def interrupted(self, config):
         calls.append(config)
@@ -132,7 +132,7 @@ def test_an_interrupted_tuning_keeps_what_it_has(
             raise KeyboardInterrupt
         return real(self, config)
 
-    monkeypatch.setattr(Scratch, "microseconds_per_step", interrupted)
+    monkeypatch.setattr(Scratch, "times_per_step", interrupted)
     out = tmp_path / "t.json"
     assert main([*TUNE, str(out)]) == 130
     assert "the same command goes on" in capsys.readouterr().err

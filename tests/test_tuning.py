@@ -244,7 +244,7 @@ def test_no_tensor_but_scratch_is_touched() -> None:
     before = [t.clone() for t in (scratch.projected, scratch.w_hh, scratch.x, scratch.w_ih)]
     config = next(candidates(TINY, INTERPRETER))
     assert scratch.complaint(config) == ""
-    scratch.microseconds_per_step(config)
+    scratch.times_per_step(config)
     for old, new in zip(before, (scratch.projected, scratch.w_hh, scratch.x, scratch.w_ih)):
         assert torch.equal(old, new)
 

@@ -29,7 +29,7 @@ from ..layer import Inputs
 from ..planner import NoPlan, admissible, plan
 from ..precision import matmul_precision
 from ..problem import PASSES, Bucket, Problem, bucket_of
-from .clock import times_of
+from .clock import Times, times_of
 from .table import Entry
 
 SCRATCH_BYTES = 1 << 28  # of the gates: bounds the steps of a timed launch
@@ -163,7 +163,7 @@ def _first_line(error: Exception) -> str:
 
 def _measure(scratch: Scratch, config: Config) -> float | str:
     try:
-        return scratch.complaint(config) or scratch.microseconds_per_step(config)
+        return scratch.complaint(config) or scratch.times_per_step(config).median
     except Exception as error:  # a config that cannot run must not end the search
         return _first_line(error)
 
@@ -208,7 +208,8 @@ class Scratch:
                 return f"wrong: result {index} has an rms error of {error:.2e}, PyTorch's own is {own:.2e}"
         return ""
 
-    def microseconds_per_step(self, config: Config) -> float:
+    def times_per_step(self, config: Config) -> Times:
+        """In microseconds, of a launch over all steps with the reset of its exchange."""
         problem, layout = self.problem, self.layout
         if problem.which == "forward":
 
@@ -225,7 +226,8 @@ class Scratch:
                 lstm_backward(*given, layout, config, problem.precision)
 
             times = times_of(call, self.where, REPEAT, ahead=True)
-        return times.median * 1e3 / layout.seq_len
+        scale = 1e3 / layout.seq_len
+        return Times(times.p20 * scale, times.median * scale, times.p80 * scale, times.repeat)
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
