@@ -24,7 +24,7 @@ from .config import PLAIN_CELL, Cell, Config, Layout
 from .extras import Extras
 from .forward import lstm_forward
 from .launch import Recurrence
-from .listing import Loop, time_loop
+from .listing import Loop, copied_tiles, time_loop
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Report:
     registers: per thread. spills: bytes of stack per thread (NVIDIA) or spilled vector registers
     (AMD). shared: bytes per program. matrix_instructions: in the source text of the binary, by
     kind (wgmma, mma, tcgen05, mfma); a loop body counts once. loop: the machine's instructions in the time loop.
-    asm: PTX or AMDGCN.
+    copied_tiles: must be 0, see listing.py. asm: PTX or AMDGCN.
     """
 
     registers: int
@@ -42,6 +42,7 @@ class Report:
     shared: int
     matrix_instructions: dict[str, int]
     loop: Loop
+    copied_tiles: int
     asm: str
 
 
@@ -174,6 +175,7 @@ def _nvidia_report(binary: Any) -> Report:
         binary.metadata.shared,
         {kind: count for kind, text in kinds.items() if (count := ptx.count(text))},
         time_loop(listing),
+        copied_tiles(binary.asm["ttgir"]),
         ptx,
     )
 
@@ -194,5 +196,6 @@ def _amd_report(binary: Any) -> Report:
         binary.metadata.shared,
         {"mfma": mfma} if mfma else {},
         time_loop(asm),
+        copied_tiles(binary.asm["ttgir"]),
         asm,
     )

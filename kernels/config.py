@@ -79,6 +79,11 @@ class Config(_Encoded):
             raise ValueError(
                 "split_k needs slices of at least 16, of block_k, or where placement is 'local' of 4 block_h"
             )
+        for name in ("split_k", "num_warps"):
+            if (number := getattr(self, name)) not in (1, 2, 4, 8):
+                raise ValueError(f"{name} must be 1, 2, 4 or 8, got {number}")
+        if self.protocol == "mailbox" and self.block_b * self.block_k < 32 * self.num_warps:
+            raise ValueError("a mailbox's tile, block_b x block_k, needs an element for each thread of the program")
         if self.placement == "local" and (self.block_k != self.block_h or not self.resident):
             raise ValueError("placement 'local' keeps W_hh resident with block_k == block_h")
 

@@ -18,6 +18,9 @@ Both spin, so a launch that uses one of them is cooperative.
 import triton
 import triton.language as tl
 
+# The most threads of a program that waits. A smaller tile is loaded by several of them for each of its elements: by
+# volatile loads at different times, while only one of the copies is tested and any of them may be used.
+MOST_THREADS = tl.constexpr(256)
 # All bits set: a NaN in every IEEE type, and the one value that `publishable` never returns.
 EMPTY = tl.constexpr(-1)
 
@@ -91,7 +94,8 @@ def fullest(bits, foreign):
 def collect(ptrs, mask, waiting, foreign, PROTOCOL: tl.constexpr):
     """Load a tile that other programs publish.
 
-    mask: None, or the elements to load; the others are 0. waiting: whether the tile comes from this launch at all;
+    ptrs: at least as many as the program has threads, see MOST_THREADS. mask: None, or the elements to load; the others
+    are 0. waiting: whether the tile comes from this launch at all;
     what is loaded otherwise is not awaited. foreign: None, or rows that come from a given state, whose bits may be any.
     """
     if PROTOCOL == "mailbox":
@@ -123,19 +127,21 @@ def share(
     TILES: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
-    """Two numbers per row [BLOCK_B] of every program of this batch tile -> two [BLOCK_B, TILES] tiles.
+    """Two numbers per row [BLOCK_B] of every program of this batch tile -> two [BLOCK_B, TILES or more] tiles.
 
-    pairs: [BLOCK_B] pointers to a row's [TILES, 2] numbers. valid: rows that exist. count: as for `raise_flag`. Tiles
-    are padded with 0 to a power of two.
+    pairs: [BLOCK_B] pointers to a row's [TILES, 2] numbers. valid: rows that exist. count: as for `raise_flag`. The
+    tiles end in zeros: up to a power of two, and for every thread to have an element of its own.
     """
     dtype: tl.constexpr = pairs.dtype.element_ty
     TILES_POW2: tl.constexpr = triton.next_power_of_2(TILES)
+    FEWEST: tl.constexpr = MOST_THREADS // (2 * pairs.shape[0])
+    PADDED: tl.constexpr = TILES_POW2 if TILES_POW2 > FEWEST else FEWEST
     tl.store(pairs + 2 * own_tile, publishable(first, dtype), mask=valid)
     tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)
     raise_flag(flags, own_tile, count, PROTOCOL)
     await_flags(flags, count, TILES, TILES_POW2, PROTOCOL)
     # Both numbers of all programs in one load: one loop that waits, not two.
-    k = tl.arange(0, 2 * TILES_POW2)
+    k = tl.arange(0, 2 * PADDED)
     mask = valid[:, None] & (k < 2 * TILES)[None, :]
     both = collect(pairs[:, None] + k[None, :], mask, True, None, PROTOCOL)
-    return tl.split(tl.reshape(both, (both.shape[0], TILES_POW2, 2)))
+    return tl.split(tl.reshape(both, (both.shape[0], PADDED, 2)))

@@ -1,7 +1,8 @@
-"""What a disassembled kernel does in one step of its time loop: machine instructions by name."""
+"""What the compiler's texts say of a kernel: machine instructions of a step by name, tiles that threads load twice."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -65,3 +66,19 @@ def time_loop(listing: str) -> Loop:
             parts[0 if around is None else 1 if multiplies[around] else 2][name] += 1
     own, chunks, waits = map(dict, parts)
     return Loop(own, chunks, waits)
+
+
+def copied_tiles(ttgir: str) -> int:
+    """How many volatile loads of a tile give some of its elements to more than one thread.
+
+    Triton takes such copies for equal, tests one and uses any; see MOST_THREADS in exchange.py. (Flags, which are no
+    tile but a vector, are read again by an acquire once they have been seen.)
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", ttgir, re.MULTILINE))
+    found = 0
+    for shape, layout in re.findall(r"tt\.load .*isVolatile = true.* : tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>", ttgir):
+        sizes = [int(size) for size in shape.split("x")]
+        factors = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[([\d, ]+)\]", layouts.get(layout, ""))
+        covered = [math.prod(axis) for axis in zip(*(map(int, one.split(",")) for one in factors))]
+        found += len(sizes) > 1 and (not covered or any(c > s for c, s in zip(covered, sizes)))
+    return found

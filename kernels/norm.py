@@ -51,7 +51,7 @@ def moments(
         squares += over_units(off * off, UNITS_FIRST)
     if TILES > 1:
         means, of_squares = share(mean, squares, pairs, in_batch, hidden_tile, flags, count, TILES, PROTOCOL)
-        tile = tl.arange(0, triton.next_power_of_2(TILES))
+        tile = tl.arange(0, means.shape[1])
         counts = tl.maximum(tl.minimum(H - tile * BLOCK_H, BLOCK_H), 0) * SIZES
         counts = counts.to(total.dtype)[None, :]
         mean = tl.sum(means * counts, axis=1) / (H * SIZES)

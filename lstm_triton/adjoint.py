@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from .equations import norm_gates
-from .hoisted import initial_gradient, norm_gates_backward, previous_hidden, reset_gradient, unstarted
+from .hoisted import (
+    initial_gradient,
+    norm_gates_backward,
+    previous_hidden,
+    recurrent_weight_gradient,
+    reset_gradient,
+    unstarted,
+)
 from .kernels.activate import activate
 from .kernels.backward import lstm_backward
 from .kernels.extras import Extras, Gradients
@@ -94,7 +101,9 @@ def backward(
     config = choose_config("backward", options, v.w_hh, layout.batch, kind_of(v, options.cell))
     lengths, reset = marks_of(v, layout)
     extras, operand, product = extras_of(v, options), None, None
-    if wanted["w_hh"] or v.gain_hh is not None:
+    # What the products have read is a view of `out`, or has to be put together.
+    shifted = v.reset is None and v.gain_hh is None and extras.h_mask is None and not options.batch_first
+    if (wanted["w_hh"] and not shifted) or v.gain_hh is not None:
         operand = operand_of(v, options, extras, out)
     if v.gain_hh is not None:
         assert operand is not None
@@ -131,6 +140,9 @@ def backward(
         return masked if by_zoneout is None else masked + by_zoneout
 
     with matmul_precision(v.x, options.precision):
+        if wanted["w_hh"] and shifted:
+            by_set = out.unflatten(-1, found.dgates.shape[1:2] + (-1,))
+            grads["w_hh"] = recurrent_weight_gradient(by_time, by_set, v.h_0, lengths, options.order)
         if wanted["h_0"]:
             through = initial_gradient(by_time, v.w_hh, lengths, by_row, options.order, options.multiply)
             grads["h_0"] = unstarted(onto_h(through, found.dh_0), given.h_n, lengths)
@@ -181,8 +193,7 @@ def _weight_gradients(
         if wanted["w_ih"]:
             x = x.reshape(rows, members, x.shape[-1]).transpose(0, 1)
             grads["w_ih"] = (by_member.transpose(1, 2) @ x).view(v.w_ih.shape)
-        if wanted["w_hh"]:
-            assert operand is not None
+        if wanted["w_hh"] and operand is not None:
             grads["w_hh"] = of_product.permute(1, 2, 0) @ operand.permute(1, 0, 2)
         if wanted["bias"]:
             grads["bias"] = found.dgates.sum(0)

@@ -10,7 +10,7 @@ constants are worth is for measurement to say; those marked "assumed" have no so
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .device import Device
 from .kernels.config import REGISTER_BYTES, Config
@@ -97,7 +97,7 @@ class Step:
 
     @property
     def terms(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if name != "waves"}
+        return {name: value for name, value in vars(self).items() if name != "waves"}
 
     @property
     def total(self) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import batching as batching  # registers what vmap makes of the operators
-from . import ops, reference
+from . import eager, ops, reference
 from .kernels.config import PLAIN_CELL, Cell
 from .layer import Inputs
 from .projection import LayerResult, projected_layer
@@ -170,7 +170,7 @@ def lstm(
             with without_autocast(device.type):
                 return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
         options = (batch_first, bidirectional, _keep(given, recompute, return_states), batch_invariant, precision, plan)
-        out, h_n, c_n, gates, cells, _ = ops.layer(*given, *options, "" if cell == PLAIN_CELL else cell.encode())
+        out, h_n, c_n, gates, cells, _ = eager.layer(*given, *options, "" if cell == PLAIN_CELL else cell.encode())
         return LayerResult(out, h_n, c_n, gates, cells)
 
     results = []

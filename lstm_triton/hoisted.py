@@ -67,15 +67,8 @@ def previous_hidden(
     return result.flatten(0, 1)
 
 
-def initial_gradient(
-    dgates: Tensor,
-    w_hh: Tensor,
-    lengths: Tensor | None,
-    marks: Tensor | None,
-    order: str,
-    multiply: Multiply = torch.matmul,
-) -> Tensor:
-    """What reaches h_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each set's first step."""
+def first_steps(dgates: Tensor, lengths: Tensor | None, marks: Tensor | None, order: str) -> Tensor:
+    """dgates [T, B, D, 4H] at the step that each row begins with, 0 where that starts afresh: [D, B, 4H]."""
     _, batch, sets, gate_size = dgates.shape
     first = dgates.new_empty((sets, batch, gate_size))
     for which, reverse in ways(order):
@@ -87,7 +80,39 @@ def initial_gradient(
         if marks is not None and not reverse:
             found = found.masked_fill(marks[0][:, None, None], 0)
         first[which] = found.transpose(0, 1)
-    return multiply(first, w_hh)
+    return first
+
+
+def recurrent_weight_gradient(
+    dgates: Tensor, out: Tensor, h_0: Tensor | None, lengths: Tensor | None, order: str
+) -> Tensor:
+    """dW_hh [D, 4H, H] from dgates [T, B, D, 4H] and out [T, B, D, H], without resets.
+
+    h_{t-1} is `out` a step earlier, so nothing is copied: one GEMM for each set over the rows that have an earlier
+    step, on top of the initial states' share. (Beyond a row's length both are 0.)
+    """
+    sets, hidden_size = out.shape[2:]
+    if h_0 is None:
+        result = dgates.new_empty((sets, 4 * hidden_size, hidden_size))
+    else:
+        result = first_steps(dgates, lengths, None, order).transpose(1, 2) @ h_0
+    for which, reverse in ways(order):
+        d, h = (dgates[:-1], out[1:]) if reverse else (dgates[1:], out[:-1])
+        d, h = d[:, :, which].flatten(0, 1), h[:, :, which].flatten(0, 1)
+        result[which].baddbmm_(d.permute(1, 2, 0), h.permute(1, 0, 2), beta=0 if h_0 is None else 1)
+    return result
+
+
+def initial_gradient(
+    dgates: Tensor,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    marks: Tensor | None,
+    order: str,
+    multiply: Multiply = torch.matmul,
+) -> Tensor:
+    """What reaches h_0 [D, B, H] from dgates [T, B, D, 4H]: one small GEMM over each set's first step."""
+    return multiply(first_steps(dgates, lengths, marks, order), w_hh)
 
 
 def unstarted(dh_0: Tensor, dh_n: Tensor | None, lengths: Tensor | None) -> Tensor:

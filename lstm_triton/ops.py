@@ -32,6 +32,8 @@ config" in the notation of `Config.encode`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,8 +95,7 @@ def without_kernels(
     return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
 
 
-@torch.library.custom_op("lstm_triton::layer", mutates_args=())
-def layer(
+def compute_layer(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
@@ -148,6 +149,9 @@ def layer(
     return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
 
+layer = torch.library.custom_op("lstm_triton::layer", compute_layer, mutates_args=())
+
+
 @layer.register_fake
 def _(
     x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, peephole, gain_ih, gain_hh, norm_c, seed,
@@ -171,8 +175,7 @@ def _(
     return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (*rows, hidden_size)), stats
 
 
-@torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
-def layer_backward(
+def compute_layer_backward(
     dout: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
@@ -221,13 +224,17 @@ def layer_backward(
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
+layer_backward = torch.library.custom_op("lstm_triton::layer_backward", compute_layer_backward, mutates_args=())
+
+
 @layer_backward.register_fake
 def _(dout, dh_n, dc_n, dgates, dcells, *rest):
     v, asked = Inputs(*rest[:TENSORS]), zip(DIFFERENTIABLE, rest[-1])
     return [torch.empty_like(getattr(v, n), memory_format=torch.contiguous_format) for n, want in asked if want]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
+    """What the backward pass of a layer needs."""
     out, _, _, *kept = output
     tensors, options = inputs[:TENSORS], inputs[TENSORS:]
     ctx.set_materialize_grads(False)
@@ -238,7 +245,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = options
 
 
-def _backward(ctx, *cotangents):
+def gradients(
+    ctx, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], run: Callable[..., list[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Those of all arguments of a layer. saved: ctx's tensors; run: `compute_layer_backward`, or its operator."""
     keep = ctx.options[2]
     if keep == "nothing":
         raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
@@ -247,12 +257,11 @@ def _backward(ctx, *cotangents):
     given = list(cotangents[:-1])  # the moments of layer normalisation are constants
     if all(cotangent is None for cotangent in given):
         return (None,) * len(ctx.needs_input_grad)
-    saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         batch_first, bidirectional, *_, cell = ctx.options
         found = _with_a_graph(given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell, wanted)
     else:
-        found = layer_backward(*given, *saved, *ctx.options, wanted)
+        found = run(*given, *saved, *ctx.options, wanted)
     grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
     return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
 
@@ -274,7 +283,9 @@ def _with_a_graph(
     return list(torch.autograd.grad(*given, create_graph=True, materialize_grads=True))
 
 
-layer.register_autograd(_backward, setup_context=_setup_context)
+layer.register_autograd(
+    lambda ctx, *cotangents: gradients(ctx, ctx.saved_tensors, cotangents, layer_backward), setup_context=setup_context
+)
 
 
 @torch.library.custom_op("lstm_triton::linear", mutates_args=())

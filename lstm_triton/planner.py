@@ -127,7 +127,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     yield from _local(problem, device)
     if device.is_amd:
         return
-    for config in _tiles(problem, (4, 8) if device.is_nvidia else (4,)):
+    for config in _tiles(problem, device):
         if not fits(config, problem, device):
             continue  # then neither does it when it waits
         if not problem.norm or config.block_h >= problem.hidden_size:
@@ -156,18 +156,25 @@ def _units_first(block_b: int, problem: Problem, device: Device) -> bool:
     return block_b == 8 or (problem.which == "forward" and device.has_wgmma)
 
 
-def _tiles(problem: Problem, warps: tuple[int, ...]) -> Iterator[Config]:
+def _tiles(problem: Problem, device: Device) -> Iterator[Config]:
     """Every config in which a program owns a slice of the units, as `stepwise`."""
-    blocks = itertools.product((8, 16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256, 512, 1024, 2048), warps)
-    for block_b, block_h, block_k, num_warps in blocks:
+    without, warps = problem.without_tensor_cores, (4, 8) if device.is_nvidia else (4,)
+    rows = (16,) if without else (8, 16, 32, 64)
+    depths = (32,) if without else (32, 64, 128, 256, 512, 1024, 2048)
+    for block_b, block_h, block_k, num_warps in itertools.product(rows, (16, 32, 64, 128), depths, warps):
         if block_h > max(16, power_of_two(problem.hidden_size)) or block_k > max(128, power_of_two(problem.depth)):
             continue
-        for units_first, split_k in itertools.product((True, False), (1, num_warps)):
-            if split_k == 1 or block_k >= 16 * split_k:
-                for resident in (True, False):
-                    blocks_of = (units_first, split_k, block_b, block_h, block_k)
-                    # Two stages: the next chunk of streamed weights is on its way during a product.
-                    yield Config("stepwise", "none", resident, *blocks_of, num_warps, 1 if resident else 2)
+        if without:
+            ways: tuple[bool, int, tuple[bool, ...]] = (False, 1, (False,))
+        else:
+            split_k = 1 if problem.which == "forward" and block_b > 8 else num_warps
+            ways = (_units_first(block_b, problem, device), split_k, (True, False))
+        units_first, split_k, residence = ways
+        if split_k == 1 or block_k >= 16 * split_k:
+            for resident in residence:
+                blocks_of = (units_first, split_k, block_b, block_h, block_k)
+                # Two stages: the next chunk of streamed weights is on its way during a product.
+                yield Config("stepwise", "none", resident, *blocks_of, num_warps, 1 if resident else 2)
 
 
 def fits(config: Config, problem: Problem, device: Device) -> bool:
@@ -203,13 +210,6 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
     if not problem.aligned:
         # No wide load can start on such rows: more loads, more addresses.
         budget, most_state, most_row = 8.0, min(most_state, 2.0), 16.0
-    if problem.without_tensor_cores:
-        if config.resident or config.split_k > 1 or config.units_first or config.block_k > 32 or config.block_b != 16:
-            return False
-    else:
-        whole = forward and config.block_b > 8
-        if (config.split_k == 1) != whole or config.units_first != _units_first(config.block_b, problem, device):
-            return False
     if split_precision:
         budget, most_state = 8.0, most_state / 2  # three products, operands in two parts
         most_row = min(most_row, 24.0) if forward and flags else most_row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -113,19 +114,7 @@ class Variant:
 
     def cell(self, training: bool) -> Cell:
         """For the kernels; the plain cell's where nothing changes it (weight_dropout does not, it changes weights)."""
-        x, h = self.variational_dropout  # type: ignore[misc]
-        p_h, p_c = self.zoneout
-        return Cell(
-            sampled=training and bool(p_h or p_c or self.recurrent_dropout or x or h),
-            zoneout_h=chance(p_h),
-            zoneout_c=chance(p_c),
-            recurrent_dropout=chance(self.recurrent_dropout) if training else 0,
-            variational_x=chance(x) if training else 0,
-            variational_h=chance(h) if training else 0,
-            cell_clip=self.cell_clip or 0.0,
-            grad_clip=(self.recurrent_grad_clip or 0.0) if torch.is_grad_enabled() else 0.0,
-            coupled=self.coupled_gates,
-        )
+        return _cell(self, training, torch.is_grad_enabled())
 
     def kind(self, training: bool) -> str:
         """What the planner wants to know: one of `problem.KINDS`."""
@@ -164,6 +153,23 @@ def _probability(name: str, p: Any) -> float:
     if not 0 <= p < 1:
         raise ValueError(f"{name} should be a probability in [0, 1), got: {p!r}")
     return float(p)
+
+
+@lru_cache(maxsize=1024)  # every call asks several times
+def _cell(variant: Variant, training: bool, gradient: bool) -> Cell:
+    x, h = variant.variational_dropout  # type: ignore[misc]
+    p_h, p_c = variant.zoneout
+    return Cell(
+        sampled=training and bool(p_h or p_c or variant.recurrent_dropout or x or h),
+        zoneout_h=chance(p_h),
+        zoneout_c=chance(p_c),
+        recurrent_dropout=chance(variant.recurrent_dropout) if training else 0,
+        variational_x=chance(x) if training else 0,
+        variational_h=chance(h) if training else 0,
+        cell_clip=variant.cell_clip or 0.0,
+        grad_clip=(variant.recurrent_grad_clip or 0.0) if gradient else 0.0,
+        coupled=variant.coupled_gates,
+    )
 
 
 PLAIN = Variant()

@@ -7,8 +7,8 @@
     python perf/compile_report.py --predict        what a step should cost by the model of lstm_triton/cost.py
 
 Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
-time loop of every config, and exits with status 1 if one that a plan uses by default spills or does
-not fit its device.
+time loop of every config, and exits with status 1 if one that a plan uses by default spills, does not fit
+its device, or has threads load copies of a tile that others publish.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Row:
     @property
     def ok(self) -> bool:
         report = self.report
-        return report is not None and report.spills == 0 and report.shared <= self.job.device.shared_memory
+        if report is None or report.spills or report.copied_tiles:
+            return False
+        return report.shared <= self.job.device.shared_memory
 
     def line(self) -> str:
         problem, config, report = self.job.problem, self.job.config, self.report
@@ -89,6 +91,8 @@ class Row:
         return (
             f"{head}  registers={report.registers} spills={report.spills} "
             f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop.instructions} matrix: {matrix}"
+            + " tiles loaded in copies"
+            * bool(report.copied_tiles)
         )
 
     def record(self) -> dict:
@@ -185,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.predict and (step := row.step()) is not None:
             print(f"        {step}")
     bad = sum(not row.ok for row in rows)
-    print(f"{len(rows)} configs, {bad} that fail, spill or do not fit")
+    print(f"{len(rows)} configs, {bad} that fail, spill, do not fit or load copies")
     if options.json:
         with open(options.json, "w") as file:
             json.dump([row.record() for row in rows], file, indent=1)

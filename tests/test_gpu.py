@@ -264,6 +264,32 @@ def test_cell() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+CROWDED = """
+import torch
+from lstm_triton import LSTM
+streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
+module = LSTM(64, 1024, backend="triton").cuda().bfloat16()
+x = torch.randn(200, 128, 64, device="cuda", dtype=torch.bfloat16)
+with torch.no_grad():
+    want = module(x)[0]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outs = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(module(x)[0])
+    torch.cuda.synchronize()
+assert all(torch.equal(out, want) for out in outs)
+"""
+
+
+def test_launches_that_fill_the_device_do_not_starve_each_other() -> None:
+    """Two grids that wait, on streams of different priority, neither of which fits beside the other; in a process of
+    its own, since a wrong schedule would never end."""
+    done = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_not_the_current_one() -> None:
     module = LSTM(16, 256, backend="triton").to("cuda:1")

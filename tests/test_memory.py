@@ -176,32 +176,35 @@ class Peak(TorchDispatchMode):
 def peak_bytes(case: Case, recompute: str) -> int:
     """The most that the two operators have alive at once, beyond inputs, weights, states and gradients of weights.
 
-    That is in the backward pass: what was kept, gates that were not, dgates, the h_{t-1} of every step and dx. With
-    "chunk:K" all of these but dx are a window's, which has its own out and c as well.
+    That is in the backward pass: what was kept, gates that were not, dgates and dx, and with batch_first the h_{t-1}
+    of every step. With "chunk:K" all of these but dx are a window's, which has its own out and c as well.
     """
     e = case.dtype.itemsize
     row, rows = case.directions * case.hidden_size, case.seq_len * case.batch
-    dx = rows * case.input_size * e
+    dx, copied = rows * case.input_size * e, int(case.batch_first)
     if recompute.startswith("chunk"):
         of_window = int(recompute.partition(":")[2]) * case.batch * case.hidden_size
-        return kept_bytes(case, recompute) + dx + (4 + 1 + 1 + 4 + 1) * of_window * e
+        return kept_bytes(case, recompute) + dx + (4 + 1 + 1 + 4 + copied) * of_window * e
     gates = 0 if recompute == "none" else 4 * rows * row * e
-    return kept_bytes(case, recompute) + gates + (4 + 1) * rows * row * e + dx
+    return kept_bytes(case, recompute) + gates + (4 + copied) * rows * row * e + dx
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "gates", "chunk:8"])
-def test_peak_bytes(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_bytes(recompute: str, batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     without_launches(monkeypatch)
-    case = replace(SIZES, seq_len=512, batch=64)  # large against weights and states, which the formula leaves out
+    case = replace(
+        SIZES, seq_len=512, batch=64, batch_first=batch_first
+    )  # large against weights and states, which the formula leaves out
     given = {n: None if t is None else t.to(case.dtype) for n, t in case.tensors().items()}
     inputs = arguments(case, given, KEEP.get(recompute, recompute))
     tensors, options = inputs[: ops.TENSORS], inputs[ops.TENSORS :]
     with Peak([*tensors, *given.values()]) as memory:
-        out, h_n, c_n, *kept = ops.layer._init_fn(*inputs)
+        out, h_n, c_n, *kept = ops.compute_layer(*inputs)
         forward = memory.peak
         cotangents = (given["dout"], h_n, c_n, None, None)
         wanted = [given[name] is not None for name in INPUTS]
-        ops.layer_backward._init_fn(*cotangents, *tensors, out, *kept, *options, wanted)
+        ops.compute_layer_backward(*cotangents, *tensors, out, *kept, *options, wanted)
     formula = peak_bytes(case, recompute)
     assert forward <= memory.peak
     assert 0.95 * formula <= memory.peak <= 1.05 * formula, f"{memory.peak / formula:.3f} of the formula"
@@ -226,6 +229,6 @@ def test_without_gradients_a_long_sequence_goes_through_in_windows(
     for seq_len in (400, 800):
         v = [torch.zeros(seq_len, 8, 16), torch.zeros(2, 128, 16), torch.zeros(2, 128, 32), torch.zeros(2, 128)]
         with Peak(v) as memory:
-            ops.layer._init_fn(*v, *(None,) * 11, False, True, "nothing", False, "ieee", "", "")
+            ops.compute_layer(*v, *(None,) * 11, False, True, "nothing", False, "ieee", "", "")
         peaks.append(memory.peak)
     assert peaks[1] - peaks[0] == 400 * 8 * 2 * 32 * 4  # the output

@@ -17,6 +17,7 @@ import ppo_resets
 import providers
 import pytest
 import rows as rows_module
+import soak
 import sweep
 import torch
 from rows import Row, RowsError, read_rows, write_rows
@@ -382,6 +383,22 @@ def test_resets_refuse_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         ppo_resets.main(arguments)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_what_the_soak_runs_gives_the_same_bits_under_any_schedule(
+    rows: int, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("HIDDEN", 64), ("BATCH", 4), ("STEPS", 3)):
+        monkeypatch.setattr(soak, name, size)
+    call = soak.recurrences("mailbox", rows, norm, 0, "cpu")
+    results = []
+    for schedule in range(2):
+        with cooperative(schedule):
+            results.append(call())
+    assert all(torch.isfinite(one).all() for one in results[0])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -9,7 +9,7 @@ import step_model
 import torch
 from lstm_triton.kernels.compile import compile_pass, report_of
 from lstm_triton.kernels.config import Config
-from lstm_triton.kernels.listing import Loop, time_loop
+from lstm_triton.kernels.listing import Loop, copied_tiles, time_loop
 
 from lstm_triton.cost import accumulators, estimate, step_of
 from lstm_triton.device import KNOWN
@@ -31,6 +31,13 @@ LISTING = """
         /*0090*/               @P2 BRA `(.L_x_0) ;
         /*00a0*/                   EXIT ;
 """
+TWICE_BACK = """
+.L_x_0:
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+        /*0030*/                   FMUL R2, R2, R3 ;
+        /*0040*/                   BRA `(.L_x_0) ;
+"""
 AMD = """
 .LBB0_1:
 	v_add_f32 v1, v2, v3
@@ -50,7 +57,31 @@ def test_loops_come_apart() -> None:
     assert step["HMMA.16816.F32.BF16"] == 3
     assert step["LDG.E.128.STRONG.SYS"] == 0
     assert time_loop(AMD).own["v_mfma_f32_16x16x16_bf16"] == 1
+    assert time_loop(TWICE_BACK).own == {"FADD": 1, "FMUL": 1, "BRA": 2}, "one loop, whichever way it goes on"
     assert time_loop("nothing") == Loop({}, {}, {})
+
+
+LAYOUT = "#blocked = #ttg.blocked<{{sizePerThread = [1, {0}], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1]}}>"
+LOAD = "%1 = tt.load %0 {{isVolatile = true}} : tensor<{0}x!tt.ptr<i32>, #blocked> loc(#loc1)"
+
+
+@pytest.mark.parametrize(
+    ("width", "shape", "copies"), [(1, "16x8", 0), (1, "8x8", 1), (2, "16x16", 0), (2, "16x8", 1), (1, "64x64", 0)]
+)
+def test_tiles_that_several_threads_load(width: int, shape: str, copies: int) -> None:
+    text = LAYOUT.format(width) + "\n" + LOAD.format(shape)
+    assert copied_tiles(text) == copies
+    assert copied_tiles(text.replace("isVolatile = true", "")) == 0
+    assert copied_tiles(LOAD.format(shape)) == 1, "of a layout that is not understood the worst is assumed"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("units", "batch_tile"), [(16, 8), (64, 8), (16, 16)])
+def test_shared_sums_have_an_element_for_every_thread(units: int, batch_tile: int) -> None:
+    """Layer normalisation over few programs: its own numbers would be fewer than the threads that read them."""
+    config = Config("grid", "mailbox", True, True, 8, batch_tile, units, 256, 8)
+    report = report_of(compile_pass("backward", config, "sm_90", 128, torch.bfloat16, "tf32", norm=True))
+    assert report.copied_tiles == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""A layer without PyTorch's dispatcher: what `ops.layer` computes, for a fraction of the time before the launch.
+
+An operator of `torch.library` is for those who look at a program: compilers, exporters, vmap, dispatch modes,
+subclasses of tensors. In a plain eager call there is nobody to look, and the detour takes as long as a short sequence
+does on a GPU (`python perf/host_overhead.py`). Both run the same functions, with the same rule for the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def unobserved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nothing but autograd could see an operator on these tensors."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ) and all(tensor is None or type(tensor) in PLAIN_TYPES for tensor in tensors)
+
+
+class LSTMLayer(torch.autograd.Function):
+    """`ops.layer` for autograd alone."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = ops.compute_layer(*arguments)
+        ops.setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        run = ops.compute_layer_backward if unobserved((*cotangents, *saved)) else ops.layer_backward
+        return ops.gradients(ctx, saved, cotangents, run)
+
+
+def layer(*arguments):
+    """`ops.layer`, by the operator only where that would be noticed."""
+    if not unobserved(arguments[: ops.TENSORS]):
+        return ops.layer(*arguments)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[: ops.TENSORS]):
+        return LSTMLayer.apply(*arguments)
+    return ops.compute_layer(*arguments)
