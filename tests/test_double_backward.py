@@ -10,10 +10,11 @@ from lstm_triton import LSTM
 OPTIONS = {
     "plain": ({}, {}),
     "everything": (
-        dict(num_layers=2, bidirectional=True, batch_first=True),
+        dict(bidirectional=True, batch_first=True),
         dict(lengths=torch.tensor([3, 2]), reset=torch.tensor([[False, True, False], [True, False, False]])),
     ),
     "projection": (dict(proj_size=2, bias=False), {}),
+    "layers": (dict(num_layers=2, bias=False), {}),
 }
 
 

@@ -65,8 +65,7 @@ def test_a_plan_comes_from_the_table_first() -> None:
         Config("grid", "mailbox", True, True, 1, 64, 128, 512, 8),  # more shared memory than there is
         Config("grid", "mailbox", True, True, 1, 64, 16, 256, 4),  # spills
         Config("local", "none", True, True, 1, 16, 256, 256, 8),  # does not hold H
-        Config("grid", "flags", True, True, 1, 16, 16, 256, 7),  # no power of two of warps
-        Config("grid", "flags", True, True, 1, 16, 16, 256, 0),
+        Config("grid", "flags", True, True, 1, 16, 16, 256, 2),  # as many warps as no candidate has
     ],
 )
 def test_an_entry_that_does_not_fit_is_not_used(config: Config) -> None:
