@@ -25,20 +25,25 @@ from lstm_triton.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
 REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
+OTHER_TYPES = ("bfloat16", "float32-tf32", "float32-tf32x3", "float32-ieee")
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Every default plan of the report's problems, on every target."""
-    path = tmp_path_factory.mktemp("report") / "rows.json"
-    done = subprocess.run([sys.executable, REPORT, "--json", path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return json.loads(path.read_text())
+    """Every default plan of the report's problems, on every target; float16 on one, where it differs from bfloat16 in
+    conversions alone (`make report` has the rest)."""
+    found = []
+    for chosen in (["--dtype", *OTHER_TYPES], ["--dtype", "float16", "--arch", "sm_90"]):
+        path = tmp_path_factory.mktemp("report") / "rows.json"
+        done = subprocess.run([sys.executable, REPORT, "--json", path, *chosen], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        found += json.loads(path.read_text())
+    return found
 
 
 def test_default_plans_do_not_spill_and_fit(rows: list[dict]) -> None:
     assert {row["device"]["arch"] for row in rows} == set(KNOWN)
-    assert len(rows) > 500
+    assert len(rows) > 400
     for row in rows:
         assert row["report"]["spills"] == 0, row
         assert row["report"]["copied_tiles"] == 0, row

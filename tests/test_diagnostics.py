@@ -26,12 +26,38 @@ def troubles(tmp_path_factory) -> list[debugging.Trouble]:
 
 def test_every_symptom_is_diagnosed_and_gone_with_its_cure(troubles) -> None:
     assert {trouble.kind for trouble in troubles} == {
-        "flat loss", "oscillating loss", "not finite", "plateau", "gradient lost over time", "exploding gradient",
-        "saturated gate", "dead units", "state not detached",
+        "flat loss", "oscillating loss", "not finite", "plateau", "gradient lost over time", "gradient grown over time",
+        "vanishing gradient", "exploding gradient", "saturated gate", "dead units", "state not detached",
     }  # fmt: skip
     for trouble in troubles:
         assert trouble.diagnosed, trouble.name
         assert trouble.gone, trouble.name
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [(0.9e-6, "vanishing gradient"), (1.1e-6, ""), (0.9e3, ""), (1.1e3, "exploding gradient")]
+)
+def test_norms_of_parameters_on_either_side_of_the_limits(norm: float, kind: str) -> None:
+    lstm = LSTM(2, 3)
+    seen = diagnostics.Seen(lstm, diagnostics.Thresholds())
+    seen.parameters = {name: torch.tensor(norm) for name, _ in lstm.named_parameters()}
+    assert {finding.kind for finding in seen.findings()} == ({kind} if kind else set())
+    assert len(seen.findings()) == (4 if kind else 0)
+
+
+@pytest.mark.parametrize(
+    ("norms", "kind"),
+    [
+        ([0.9e-6, 0.5, 1.0], "gradient lost over time"),
+        ([1.1e-6, 0.5, 1.0], ""),
+        ([1.1e3, 5.0, 1.0], "gradient grown over time"),
+        ([0.9e3, 5.0, 1.0], ""),
+    ],
+)
+def test_norms_by_step_on_either_side_of_the_limits(norms: list[float], kind: str) -> None:
+    seen = diagnostics.Seen(LSTM(2, 3), diagnostics.Thresholds())
+    seen.input_gradients, seen.both_ways = {"": torch.tensor(norms)}, {"": False}
+    assert [finding.kind for finding in seen.findings()] == ([kind] if kind else [])
 
 
 def test_advice_for_every_finding(troubles) -> None:
@@ -234,7 +260,7 @@ def test_report_and_figure() -> None:
     assert "lstm.weight_hh_l1" in report
     figure = seen.figure()
     assert [axis.get_title() for axis in figure.axes] == [
-        "gradient norm by parameter", "gradient of the input, by step", "saturated values of each gate",
+        "gradient norm by parameter", "gradient of the input, by step (zeros left out)", "saturated values of each gate",
         "root mean square of the states",
     ]  # fmt: skip
 

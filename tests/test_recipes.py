@@ -27,7 +27,7 @@ TINY = {
         ["--delays", "0", "2", "--bits", "1", "--steps", "4", "--gradient-steps", "5"],
         {"accuracy.png", "gradients.png", "results.csv"},
     ),
-    "debugging": (["--steps", "80"], {"symptoms.csv", "losses.png", "vanishing.png", "exploding.png", "saturated.png",
+    "debugging": (["--steps", "80"], {"symptoms.csv", "losses.png", "vanishing.png", "growing.png", "tiny.png", "exploding.png", "saturated.png",
                                       "dead.png", "leak.png"}),
     "forecast": (["--steps", "4", "--hidden-size", "4"], {"forecast.png", "errors.png", "errors.csv", "best.pt"}),
     "from_scratch": (["--hidden-size", "4"], {"flow.png", "step.png", "sequence.png"}),
@@ -307,3 +307,27 @@ def test_every_recipe_has_its_page_and_its_place() -> None:
         assert path.stem == "__init__" or path.stem in contributing, path
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"]({path.name})" in index, path
+
+
+@pytest.mark.parametrize("name", ["from_scratch", "char_lm"])
+@pytest.mark.parametrize("size", ["1152921504606846976", "4611686018427387904"])
+def test_sizes_beyond_all_numbers(name: str, size: str, tmp_path: Path, capsys) -> None:
+    try:
+        status = module_of(name).main(["--hidden-size", size, "--device", "cpu", "--out", str(tmp_path)])
+    except SystemExit as ended:  # argparse's
+        status = ended.code
+    assert status == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_option_that_would_be_ignored_is_refused_whatever_its_value(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module_of("forecast").main(["--column", "value", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "forecast: argument --column: goes only with --csv\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert module_of("lengths").main(["--small", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err

@@ -45,6 +45,18 @@ def test_what_programs_do(runs) -> None:
         assert under_the_hood.one_step(run.forward)["publish"] == 1
 
 
+def test_without_flags_the_data_is_published_by_itself() -> None:
+    runs = [under_the_hood.record(hidden_size=40, seq_len=3, seed=seed, protocol="mailbox") for seed in (0, 1)]
+    assert runs[0].forward != runs[1].forward
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].results, runs[1].results))
+    for run in runs:
+        for events in (run.forward, run.backward):
+            assert {event.what for event in events} == {"store", "publish", "poll"}
+            published = sorted((event.program, event.step) for event in events if event.what == "publish")
+            assert published == [(program, step) for program in range(3) for step in range(3)]
+            assert under_the_hood.furthest_lead(events) == 1
+
+
 def test_lead() -> None:
     events = [under_the_hood.Event(n, p, what, s) for n, (p, what, s) in enumerate(
         [(0, "publish", 0), (0, "publish", 1), (1, "poll", 0), (1, "publish", 0), (1, "publish", 1)])]  # fmt: skip
@@ -53,6 +65,7 @@ def test_lead() -> None:
 
 def test_residence() -> None:
     found = {row.hidden_size: row for row in under_the_hood.residence((64, 512, 1024, 4096))}
+    assert (found[64].protocol, found[64].tiles, found[1024].protocol) == ("none", 1, "mailbox")
     assert (found[64].placement, found[64].programs, found[64].slice) == ("local", 2, found[64].matrix)
     assert found[1024].resident
     assert found[1024].slice * found[1024].programs == found[1024].matrix == 4 * 1024 * 1024 * 2

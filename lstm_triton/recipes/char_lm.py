@@ -79,19 +79,21 @@ def evaluate(model: CharLM, codes: Tensor, batch: int, seq_len: int) -> float:
     return total / count
 
 
-def generate(model: CharLM, alphabet: str, length: int, temperature: float, seed: int = 0) -> str:
-    """Draw `length` characters; a lower temperature draws the likelier ones more often."""
-    device = model.decoder.weight.device
+def generate(model: CharLM, alphabet: str, length: int, temperature: float, seed: int = 0, prompt: str = "\n") -> str:
+    """Draw `length` characters after a prompt, of which characters that the model does not know are left out.
+
+    A lower temperature draws the likelier ones more often.
+    """
     generator = torch.Generator().manual_seed(seed)
-    code, state, drawn = torch.zeros((1, 1), dtype=torch.long, device=device), None, []
-    code.fill_(max(alphabet.find("\n"), 0))
+    known = [alphabet.index(character) for character in prompt if character in alphabet] or [0]
+    codes, state, drawn = torch.tensor(known, device=model.decoder.weight.device).unsqueeze(1), None, []
     with evaluation(model):
         for _ in range(length):
-            logits, state = model(code, state)
-            scores = logits[0, 0].double().cpu()
+            logits, state = model(codes, state)
+            scores = logits[-1, 0].double().cpu()
             probabilities = ((scores - scores.max()) / temperature).softmax(0)
             drawn.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-            code.fill_(drawn[-1])
+            codes = codes[:1].fill_(drawn[-1])
     return "".join(alphabet[code] for code in drawn)
 
 

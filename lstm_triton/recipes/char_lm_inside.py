@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .char_lm import CharLM, generate, load
 from .command import Parser, Refused, number, ready, run, whole, write_atomically
-from .drawing import BLUE, RED, heat, panels, save
+from .drawing import BLUE, RED, heat, panels, save, visible
 from .text import Corpus, default_text, read_text
 
 # What torch.load raises for the many kinds of files that are none of its own, and a dictionary of something else.
@@ -61,9 +61,13 @@ def trace(model: CharLM, alphabet: str, text: str, layer: int = -1) -> Trace:
     return Trace(known, states.c[layer][:, 0].cpu(), states.gates[layer][:, 0, 0].cpu(), surprise.cpu())
 
 
-def forgetting(seen: Trace, least: int = 20) -> list[tuple[str, float]]:
-    """Mean forget gate at each character that stands at least `least` times, the most forgetful one first."""
+def forgetting(seen: Trace, least: int | None = None) -> list[tuple[str, float]]:
+    """Mean forget gate at each character that stands at least `least` times, the most forgetful one first.
+
+    By default one in 200 of the text: the mean of a few says more of where they stand than of the character.
+    """
     means = seen.gates[:, 1].mean(1)
+    least = max(10, len(seen.text) // 200) if least is None else least
     found = []
     for character in sorted(set(seen.text)):
         at = torch.tensor([other == character for other in seen.text])
@@ -112,21 +116,17 @@ class Tracker(NamedTuple):
 
 
 def trackers(seen: Trace) -> list[Tracker]:
-    """One for every property, the best confirmed first."""
+    """One for every property that changes in both halves, the best confirmed first."""
     half = len(seen.text) // 2
     result = []
     for name, values in properties(seen.text).items():
+        if any(part.min() == part.max() for part in (values[:half], values[half:])):
+            continue
         first = correlations(seen.c[:half], values[:half])
         unit = int(first.abs().argmax())
         second = correlations(seen.c[half:, unit : unit + 1], values[half:])
         result.append(Tracker(name, unit, float(first[unit]), float(second[0])))
     return sorted(result, key=lambda tracker: -abs(tracker.confirmed))
-
-
-def visible(text: str) -> list[str]:
-    return [
-        {" ": "␣", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"}.get(character, character) for character in text
-    ]
 
 
 def gate_figure(seen: Trace, units: int = 24) -> Figure:
@@ -150,38 +150,51 @@ def gate_figure(seen: Trace, units: int = 24) -> Figure:
 
 
 def forgetting_figure(found: Sequence[tuple[str, float]], shown: int = 30) -> Figure:
-    """The most and the least forgetful characters."""
+    """The most and the least forgetful characters, on either side of the mean of all."""
     shown = min(shown, len(found) // 2)
     chosen = [*found[:shown], *found[len(found) - shown :]] if shown else list(found)
+    mean = sum(value for _, value in found) / len(found)
     figure, (axes,) = panels(1, 1, 12, 3.6)
-    colours = [RED] * shown + [BLUE] * (len(chosen) - shown)
-    axes.bar(range(len(chosen)), [value for _, value in chosen], color=colours)
+    for colour, side in ((RED, "forgets more"), (BLUE, "keeps more")):
+        places = [at for at, (_, value) in enumerate(chosen) if (value < mean) == (colour == RED)]
+        axes.vlines(places, mean, [chosen[at][1] for at in places], color=colour, linewidth=1.5)
+        axes.plot(places, [chosen[at][1] for at in places], "o", color=colour, label=side)
+    axes.axhline(mean, color="grey", linestyle="--", label="mean of these characters")
     axes.set_xticks(range(len(chosen)), visible("".join(character for character, _ in chosen)), fontsize=8)
-    values = [value for _, value in chosen]
-    axes.set(ylabel="mean forget gate", ylim=(min(values) - 0.02, max(values) + 0.02))
-    axes.set_title("characters that make it forget (red) and keep (blue)")
+    axes.set(ylabel="mean forget gate", title="at which characters it forgets")
+    axes.legend(fontsize=8)
     return figure
 
 
+def liveliest(values: Sequence[Tensor], start: int, length: int) -> int:
+    """Where from `start` on a piece of a text begins in which all of the values [N] change, and how often most."""
+    changes = torch.stack([(one[1:] != one[:-1]).float() for one in values])[:, start:]
+    window = min(length, changes.shape[1])
+    counts = changes.unfold(1, window, max(1, window // 4)).sum(-1)  # [values, places]
+    best = ((counts > 0).sum(0) * window + counts.amin(0)).argmax()
+    return start + int(best) * max(1, window // 4)
+
+
 def tracking_figure(seen: Trace, found: Sequence[Tracker], shown: int = 3, length: int = 220) -> Figure:
-    """The best trackers' cell states along a piece of the text, with the property that they track."""
+    """The best trackers' cell states along a piece of the half that they were not chosen by, with their properties."""
     found = found[:shown]
-    start = len(seen.text) // 2
-    start = seen.text.find("\n", start) + 1
-    piece = slice(start, start + length)
-    figure, axes = panels(len(found), 1, 14, 2.2 * len(found))
     known = properties(seen.text)
+    start = liveliest([known[tracker.name] for tracker in found], len(seen.text) // 2, length)
+    piece = slice(start, start + length)
+    figure, axes = panels(len(found), 1, 14, 2.4 * len(found))
     letters = visible(seen.text[piece])
     for axis, tracker in zip(axes, found):
         c, values = seen.c[piece, tracker.unit], known[tracker.name][piece]
-        axis.plot(c, color=BLUE, label=f"c of unit {tracker.unit}")
+        axis.plot(c, color=BLUE)
         axis.set_title(
             f"{tracker.name}: correlation {tracker.found:.2f}, in the other half {tracker.confirmed:.2f}", fontsize=9
         )
         axis.set_xticks(range(len(letters)), letters, fontsize=5)
         axis.set_xlim(-0.5, len(letters) - 0.5)
+        axis.set_ylabel(f"c of unit {tracker.unit}", color=BLUE, fontsize=8)
         other = axis.twinx()
-        other.plot(values, color=RED, linewidth=1, alpha=0.7)
+        other.plot(values, color=RED, linewidth=1, alpha=0.7, drawstyle="steps-mid")
+        other.set_ylabel(tracker.name, color=RED, fontsize=8)
         other.tick_params(labelcolor=RED, labelsize=7)
         axis.tick_params(axis="y", labelcolor=BLUE, labelsize=7)
     return figure
@@ -227,14 +240,15 @@ def work(options: argparse.Namespace) -> None:
     valid = text[len(Corpus.from_text(text, 1).train) :][: options.characters]
     model.to(ready(options, model.lstm))
     out = options.out
-    save(gate_figure(trace(model, alphabet, options.sentence, options.layer)), out / "gates.png")
+    files = [save(gate_figure(trace(model, alphabet, options.sentence, options.layer)), out / "gates.png")]
     seen = trace(model, alphabet, valid, options.layer)
     found, tracked = forgetting(seen), trackers(seen)
     if found:
-        save(forgetting_figure(found), out / "forgetting.png")
+        files.append(save(forgetting_figure(found), out / "forgetting.png"))
         print("most forgetful:", ", ".join(f"{character!r} {value:.2f}" for character, value in found[:8]))
         print("least forgetful:", ", ".join(f"{character!r} {value:.2f}" for character, value in found[-8:]))
-    save(tracking_figure(seen, tracked), out / "tracking.png")
+    if tracked:
+        files.append(save(tracking_figure(seen, tracked), out / "tracking.png"))
     for tracker in tracked:
         by = f"correlation {tracker.found:5.2f}, confirmed {tracker.confirmed:5.2f}"
         print(f"{tracker.name:28} unit {tracker.unit:4}: {by}")

@@ -26,7 +26,7 @@ class Diverged(ArithmeticError):
     """Training has left the finite numbers; the message is one line for the user, the exit status 1."""
 
 
-def whole(least: int = 1, most: int = 2**63 - 1) -> Callable[[str], int]:
+def whole(least: int = 1, most: int = 2**60) -> Callable[[str], int]:
     """The type of an option: an integer from `least` to `most`."""
 
     def integer(text: str) -> int:
@@ -123,7 +123,8 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**self.small)
         options = self.parse_args(arguments)
         for name, other, wanted in self.only:
-            given = getattr(options, name) != self.get_default(name)
+            option = f"--{name.replace('_', '-')}"
+            given = any(word == option or word.startswith(f"{option}=") for word in arguments)
             if given and wanted != bool(getattr(options, other) not in (None, False)):
                 flag, partner = (f"--{of.replace('_', '-')}" for of in (name, other))
                 self.error(f"argument {flag}: {'goes only' if wanted else 'does not go'} with {partner}")
@@ -145,11 +146,14 @@ def ready(options: argparse.Namespace, *layers: LSTM) -> torch.device:
             weight = lstm.to(device).weight_ih_l0
             assert isinstance(weight, Tensor)
             lstm.refusal(weight)  # raises where --backend triton is not possible
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is there
+        raise Refused(first_line(error)) from error
+    try:
         options.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.out):
             pass  # now, and not when there is something to be written
-    except (OSError, RuntimeError, AssertionError) as error:  # torch asserts that CUDA is there
-        raise Refused(first_line(error)) from error
+    except OSError as error:
+        raise Refused(f"cannot write to {options.out}: {error.strerror}") from error
     return device
 
 
@@ -207,7 +211,7 @@ def run(name: str, body: Callable[[], object], out: Path, speaks: bool = True) -
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        say(f"{name}: out of memory; shorter sequences or a smaller --batch need less")
+        say(f"{name}: out of memory; smaller sizes need less")
         return 2
     return 0
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import LSTM, LSTMCell, init
+from .. import LSTM, LSTMCell, functional, init
 from .command import Parser, number, ready, require_memory, run, save_table, whole
 from .drawing import BLUE, RED, canvas, save
 from .training import Curve, fit
@@ -106,12 +106,21 @@ def accuracy_figure(results: Sequence[Result]) -> Figure:
 
 
 class Decay(NamedTuple):
-    """|dL/dstate| at steps T-1, T-2 ... 0 relative to the last one, [T]; predicted: the factor a step, if any."""
+    """|dL/dstate| at steps T-1, T-2 ... 0 relative to the last one, [T]; predicted: the factor a step, if any.
+
+    forget: mean of the forget gates over all steps; None for a plain network.
+    """
 
     kind: str
     name: str
     norms: Tensor
     predicted: float | None
+    forget: float | None
+
+    @property
+    def factor(self) -> float:
+        """Of a step, on average."""
+        return float(self.norms[-1]) ** (1 / (len(self.norms) - 1))
 
 
 def state_gradients(cell: nn.Module, x: Tensor) -> Tensor:
@@ -128,8 +137,20 @@ def state_gradients(cell: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([carried.grad.norm() for carried in reversed(states)])
 
 
+@torch.no_grad()
+def mean_forget(cell: LSTMCell, x: Tensor) -> float:
+    """Mean forget gate over a sequence x [T, B, I]."""
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    *_, states = functional.lstm(x, None, weights, return_states=("gates",))
+    return float(states.gates[0][..., 1, :].mean())
+
+
 def decays(hidden_size: int, steps: int, seed: int = 0) -> list[Decay]:
-    """Both kinds as the rule of thumb has them, and as they are initialised by default, on random input."""
+    """Both kinds as the rule of thumb has them, and as they are initialised by default, on random input.
+
+    By the rule: the plain network's recurrent matrix is orthogonal times NORM; the LSTM has no recurrent weights, and
+    forget gates of FORGET.
+    """
     torch.manual_seed(seed)
     x = 0.1 * torch.randn(steps + 1, 16, 3, dtype=torch.float64)
     found = []
@@ -146,7 +167,8 @@ def decays(hidden_size: int, steps: int, seed: int = 0) -> list[Decay]:
         for kind, cell, factor in (("rnn", rnn, NORM), ("lstm", lstm, FORGET)):
             norms = state_gradients(cell, x)
             name = f"{KINDS[kind][0]}, {'by the rule' if ruled else 'default weights'}"
-            found.append(Decay(kind, name, norms / norms[0], factor if ruled else None))
+            forget = mean_forget(cell, x) if isinstance(cell, LSTMCell) else None
+            found.append(Decay(kind, name, norms / norms[0], factor if ruled else None, forget))
     return found
 
 
@@ -172,7 +194,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.option("kinds", list(KINDS), str, "what is trained", nargs="+", choices=tuple(KINDS), metavar="rnn|lstm")
     parser.option("bits", 5, whole(), "to remember", small=2)
     parser.option("hidden_size", 32, whole())
-    parser.option("gradient_steps", 100, whole(), "steps that gradients are followed back")
+    parser.option("gradient_steps", 100, whole(most=100_000), "steps that gradients are followed back")
     parser.option("enough", 0.002, number(), "validation loss, in nats a bit, at which training ends")
     parser.training(steps=4000, small_steps=300, batch=64, learning_rate=0.01, evaluations=80)
     parser.common("copy_task")
@@ -193,23 +215,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def work(options: argparse.Namespace) -> None:
+    kept = 8 * 16 * 4 * 12 * options.gradient_steps * options.hidden_size  # fp64, of four networks, by autograd
+    require_memory(kept, torch.device("cpu"), f"following gradients back {options.gradient_steps} steps")
     results = train(options)
-    found = decays(options.hidden_size, options.gradient_steps, options.seed)
     for result in results:
         steps = result.curve.steps[-1]
         print(f"{KINDS[result.kind][0]:9}  delay {result.delay:4}  {result.accuracy:7.1%} of bits, {steps} steps")
-    for decay in found:
-        predicted = f", predicted {decay.predicted ** (len(decay.norms) - 1):.1e}" if decay.predicted else ""
-        print(f"{decay.name:26} gradient after {len(decay.norms) - 1} steps back {decay.norms[-1]:.1e}{predicted}")
     files = [
         save(accuracy_figure(results), options.out / "accuracy.png"),
-        save(gradient_figure(found), options.out / "gradients.png"),
         save_table(
             options.out / "results.csv",
             ("kind", "delay", "accuracy", "steps"),
             [(result.kind, result.delay, result.accuracy, result.curve.steps[-1]) for result in results],
         ),
     ]
+    found = decays(options.hidden_size, options.gradient_steps, options.seed)
+    for decay in found:
+        predicted = f", predicted {decay.predicted ** (len(decay.norms) - 1):.1e}" if decay.predicted else ""
+        print(f"{decay.name:26} gradient after {len(decay.norms) - 1} steps back {decay.norms[-1]:.1e}{predicted}")
+    files.append(save(gradient_figure(found), options.out / "gradients.png"))
     print(f"written: {', '.join(map(str, files))}")
 
 

@@ -134,7 +134,11 @@ class Clinic:
                            dict(learning_rate=0.05, hidden_size=16, scale=5.0)),
             self.of_pass("vanishing", "gradient lost over time", "300 steps, forget gates about 0.1",
                          "chrono initialisation", lambda: self._over_time(False), lambda: self._over_time(True)),
-            self.of_pass("exploding", "exploding gradient", "inputs and targets not normalised", "normalised",
+            self.of_pass("growing", "gradient grown over time", "recurrent weights of norm 6", "of norm 1 (orthogonal)",
+                         lambda: self._recurrent(6.0), lambda: self._recurrent(1.0)),
+            self.of_pass("tiny", "vanishing gradient", "a loss scaled by 1e-7", "the loss as it is",
+                         lambda: self._scaled(1.0, 1e-7), lambda: self._scaled(1.0)),
+            self.of_pass("exploding", "exploding gradient", "targets a million times too large", "normalised targets",
                          lambda: self._scaled(1e6), lambda: self._scaled(1.0)),
             self.of_pass("saturated", "saturated gate", "inputs 100 times too large", "normalised inputs",
                          lambda: self._inputs(100.0), lambda: self._inputs(1.0)),
@@ -153,9 +157,16 @@ class Clinic:
                 dict(model.lstm.named_parameters())["bias_ih_l0"][16:32] = -2.0
         return self.look(model, lambda: F.mse_loss(model(x), levels))
 
-    def _scaled(self, scale: float) -> Seen:
+    def _recurrent(self, norm: float) -> Seen:
+        model, (x, levels) = self.model(), self.batch(60)
+        with torch.no_grad():
+            for of_gate in dict(model.lstm.named_parameters())["weight_hh_l0"].split(16):
+                nn.init.orthogonal_(of_gate, norm)
+        return self.look(model, lambda: F.mse_loss(model(x), levels))
+
+    def _scaled(self, scale: float, of_loss: float = 1.0) -> Seen:
         model, (x, levels) = self.model(), self.batch()
-        return self.look(model, lambda: F.mse_loss(model(x), scale * levels))
+        return self.look(model, lambda: of_loss * F.mse_loss(model(x), scale * levels))
 
     def _inputs(self, scale: float) -> Seen:
         model, (x, levels) = self.model(), self.batch()
@@ -188,20 +199,28 @@ def inside_figure(seen: Seen) -> Figure:
     tiny = limits.vanishing / 100
     axes[0].barh(list(norms), [max(norm, tiny) for norm in norms.values()], color="#2a6fbb")
     axes[0].set(
-        xscale="log", title="gradient norm by parameter", xlim=(tiny, max([limits.exploding * 10, *norms.values()]))
+        xscale="log", title="gradient norm by parameter", xlim=(tiny, 3 * max([limits.exploding * 10, *norms.values()]))
     )
     axes[0].tick_params(axis="y", labelsize=7)
     for limit in (limits.vanishing, limits.exploding):
         axes[0].axvline(limit, color="grey", linestyle="--")
     for name, gradients in seen.input_gradients.items():
-        axes[1].semilogy(gradients.cpu().masked_fill(gradients.cpu() == 0, torch.nan), label=name or "the model")
-    axes[1].set(title="gradient of the input, by step", xlabel="step")
+        gradients = gradients.cpu()
+        (line,) = axes[1].semilogy(gradients.masked_fill(gradients == 0, torch.nan), label=name or "the model")
+        largest = float(gradients.max())
+        if 0 < largest < float("inf"):
+            level, label = limits.vanishing * largest, f"lost: {limits.vanishing:g} of the largest"
+            axes[1].axhline(level, color=line.get_color(), linestyle=":", linewidth=1, label=label)
+        axes[1].set_xlim(-0.02 * len(gradients), 1.02 * len(gradients))
+    axes[1].set(title="gradient of the input, by step (zeros left out)", xlabel="step")
     for number, (name, layer) in enumerate(seen.layers.items()):
         for gate, share in zip(GATES, layer.saturation.mean((0, 2)).tolist()):
             place = number + 0.2 * (GATES.index(gate) - 1.5)
             axes[2].bar(place, 100 * share, 0.18, color=GATE_LOOKS[gate][1], label=gate if not number else None)
         axes[3].plot(layer.c.max(1).values, label=f"c of {name}")
         axes[3].plot(layer.h.max(1).values, linestyle="--", label=f"h of {name}")
+    if not any(float(layer.saturation.max()) for layer in seen.layers.values()):
+        axes[2].text(0.5, 0.5, "none", ha="center", transform=axes[2].transAxes)
     axes[2].set(title="saturated values of each gate", ylabel="%", ylim=(0, 103))
     axes[2].set_xticks(range(len(seen.layers)), list(seen.layers))
     axes[3].set(title="root mean square of the states", xlabel="step")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ def heat(
                 ink = ("black" if dark else "white") if limits[0] < 0 else ("white" if value < middle else "black")
                 axes.text(column, row, f"{float(value):.3g}", ha="center", va="center", color=ink, fontsize=8)
     return image
+
+
+def visible(units: Iterable[str]) -> list[str]:
+    """Labels of characters or words, with signs for spaces and ends of lines."""
+    signs = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"}
+    return [signs.get(unit, unit) for unit in units]
+
+
+def shorten(text: str, most: int) -> str:
+    """A title of `most` characters at the most."""
+    return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .. import LSTM
 from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import heat, panels, save
+from .drawing import heat, panels, save, shorten, visible
 from .pairs import END, PAD, START, UNITS, Pair, Vocabulary, generated, read_pairs
 from .training import Curve, evaluation, fit, save_checkpoint
 
@@ -187,12 +187,20 @@ class Session:
 def attention_figure(session: Session, texts: Sequence[str]) -> Figure:
     """One heat map a text: which units of the source (columns) each unit of the translation (rows) came from."""
     said, looks = session.translate(texts)
-    figure, axes = panels(len(texts), 1, 9, 2.6 * len(texts))
-    units = UNITS[session.options.unit][0]
+    units, words = UNITS[session.options.unit][0], session.options.unit == "word"
+    longest = max(len(look) for look in looks)
+    figure, axes = panels(len(texts), 1, 9, max(2.6, 0.19 * longest) * len(texts) + words)
     for axis, text, translation, look in zip(axes, texts, said, looks):
-        image = heat(axis, look, rows=[*units(translation), "end"][: len(look)], columns=[*units(text), "end"])
-        axis.set_title(f"{text} \N{RIGHTWARDS ARROW} {translation}", fontsize=10, parse_math=False)
+        rows, columns = ([*visible(units(one)), "(end)"] for one in (translation, text))
+        image = heat(axis, look, rows=rows[: len(look)], columns=columns)
+        title = f"{shorten(text, 60)} \N{RIGHTWARDS ARROW} {shorten(translation, 60)}"
+        axis.set_title(title, fontsize=10 if len(title) < 70 else 7, parse_math=False)
+        axis.set(xlabel="reads", ylabel="writes")
         axis.tick_params(labelsize=7)
+        if words:
+            axis.tick_params("x", rotation=60)
+        else:
+            axis.get_xticklabels()[-1].set(rotation=60)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.6)
     return figure
 

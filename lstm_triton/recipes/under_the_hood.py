@@ -34,8 +34,10 @@ from .drawing import BLUE, ORANGE, canvas, panels, save
 from .interpreter import cooperative
 
 MODULE = "lstm_triton.recipes.under_the_hood"
-# What a program does when it hands over to another, in the words of the protocol "flags".
+# What a program does when it hands over to another.
 WORDS = {"store": "store", "xchg": "publish", "poll": "poll", "add": "acquire"}
+# Without flags it publishes by storing: of so many stores of a step, the one that completes the tile others wait for.
+STORES = {"forward": (6, 0), "backward": (4, 3)}  # h, four gates, c; the gradients of four gates
 COLOURS = {"store": BLUE, "publish": "black", "poll": "#cccccc", "acquire": ORANGE}
 
 
@@ -56,14 +58,16 @@ class Run(NamedTuple):
     backward: list[Event]
 
 
-def record(hidden_size: int, seq_len: int, block_h: int = 16, seed: int = 0, batch: int = 3) -> Run:
+def record(
+    hidden_size: int, seq_len: int, block_h: int = 16, seed: int = 0, batch: int = 3, protocol: str = "flags"
+) -> Run:
     """Run a layer with one program for every `block_h` units, its programs interleaved as `seed` says."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("set TRITON_INTERPRET=1 before lstm_triton is imported: kernels are interpreted or compiled")
     generator = torch.Generator().manual_seed(0)  # data are the same under every schedule
     sizes = ((seq_len, batch, 8), (4 * hidden_size, 8), (4 * hidden_size, hidden_size), (4 * hidden_size,))
     x, w_ih, w_hh, bias = (torch.randn(size, generator=generator).mul_(0.2).requires_grad_() for size in sizes)
-    config = Config("grid", "flags", True, False, 1, 16, block_h, 32, 4).encode()
+    config = Config("grid", protocol, True, False, 1, 16, block_h, 32, 4).encode()
     with cooperative(seed) as scheduler:
         results = functional.lstm(
             x,
@@ -75,20 +79,34 @@ def record(hidden_size: int, seq_len: int, block_h: int = 16, seed: int = 0, bat
         )
         ended = len(scheduler.events)
         gradients = torch.autograd.grad(sum(result.square().sum() for result in results), (x, w_ih, w_hh, bias))
-    passes = scheduler.events[:ended], scheduler.events[ended:]
-    return Run([result.detach() for result in (*results, *gradients)], *(_events(events) for events in passes))
+    passes = {"forward": scheduler.events[:ended], "backward": scheduler.events[ended:]}
+    by_storing = {which: stores if protocol == "mailbox" else None for which, stores in STORES.items()}
+    events = (_events(recorded, seq_len, by_storing[which]) for which, recorded in passes.items())
+    return Run([result.detach() for result in (*results, *gradients)], *events)
 
 
-def _events(recorded: Sequence[tuple[tuple[int, ...], str]]) -> list[Event]:
-    """Of a launch: programs numbered as they are found in the grid, steps counted by what a program has published."""
+def _events(
+    recorded: Sequence[tuple[tuple[int, ...], str]], seq_len: int, by_storing: tuple[int, int] | None
+) -> list[Event]:
+    """Of a launch: programs numbered as they are found in the grid, steps counted by what a program has published.
+
+    by_storing: one of STORES, where there are no flags.
+    """
     programs = {index: number for number, index in enumerate(sorted({index for index, _ in recorded}))}
     published: Counter[int] = Counter()
+    stored: Counter[int] = Counter()
     found = []
-    for number, (index, what) in enumerate(recorded):
+    for number, (index, event) in enumerate(recorded):
         program = programs[index]
-        if what in WORDS:
-            found.append(Event(number, program, WORDS[what], published[program]))
-        published[program] += what == "xchg"
+        what = WORDS.get(event)
+        if what == "store" and by_storing is not None:
+            count, completes = by_storing
+            if stored[program] < seq_len * count and stored[program] % count == completes:
+                what = "publish"
+            stored[program] += 1
+        if what is not None:
+            found.append(Event(number, program, what, published[program]))
+        published[program] += what == "publish"
     return found
 
 
@@ -130,10 +148,15 @@ def schedule_figure(passes: dict[str, Sequence[Event]]) -> Figure:
 
 
 class Residence(NamedTuple):
-    """Where W_hh is at a hidden size: bytes of all of it, of a program's slice, and of all that a program needs."""
+    """Where W_hh is at a hidden size: bytes of all of it, of a program's slice, and of all that a program needs.
+
+    tiles: programs that share the hidden units of a row; programs: those of all rows.
+    """
 
     hidden_size: int
     placement: str
+    protocol: str
+    tiles: int
     programs: int
     matrix: int
     slice: int
@@ -154,7 +177,8 @@ def residence(
             continue
         config, matrix = chosen.config, 4 * hidden_size**2 * problem.element_size
         tiles = ceil_div(hidden_size, config.block_h) if config.placement != "local" else 1
-        row = (config.placement, tiles * ceil_div(batch, config.block_b), matrix, ceil_div(matrix, tiles))
+        programs = tiles * ceil_div(batch, config.block_b)
+        row = (config.placement, config.protocol, tiles, programs, matrix, ceil_div(matrix, tiles))
         found.append(Residence(hidden_size, *row, shared_bytes(config, problem), device.shared_memory, config.resident))
     return found
 
