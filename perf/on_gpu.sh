@@ -43,7 +43,8 @@ case $stage in
   first)
     gpu_tests limited 210 2>&1 | tee "$out/tests.txt" || status=$?
     steps limited 60 "$python" perf/steps.py --out "$out/steps.csv" || status=$?
-    seconds=${seconds:-200}
+    limited 20 "$python" perf/host_overhead.py 2>&1 | tee "$out/host.txt" || status=$?
+    seconds=${seconds:-180}
     sweep --set first --mode forward train --provider nn_lstm ours --repeat 15 || status=$?
     ;;
   steps)

@@ -53,6 +53,24 @@ def test_texts(tmp_path: Path) -> None:
     assert classification.classify(data, 1, options).accuracy == 1.0
 
 
+def test_made_up_opinions(tmp_path: Path) -> None:
+    """Only both words together say what was meant: neither "not" nor the adjective does alone."""
+    path = classification.write_opinions(tmp_path / "opinions.csv", count=400)
+    rows = [line.rsplit(",", 1) for line in path.read_text().splitlines()[1:]]
+    assert len(rows) == 400
+    for text, label in rows:
+        kind = any(word in text for word in classification.GOOD)
+        assert kind != any(word in text for word in classification.BAD)
+        assert (label == "good") == (kind != (" not " in text))
+    assert 0.3 < sum(label == "good" for _, label in rows) / 400 < 0.7
+
+
+def test_the_digits_are_drawn() -> None:
+    data = classification.digits(0.2, 0)
+    axes = classification.digit_figure(data, shown=3).axes
+    assert [axis.get_title() for axis in axes] == [data.classes[label] for label in data.train.labels[:3]]
+
+
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = classification.Classifier(5, 4, 3, 2, 2, 0.0).eval()

@@ -35,6 +35,15 @@ def series(values: list[float]) -> forecast.Series:
     return forecast.Series(torch.tensor(values), 0, (len(values) * 3 // 5, len(values) * 4 // 5))
 
 
+def test_the_parts_of_a_series_are_drawn(tmp_path: Path) -> None:
+    series = forecast.load(forecast.parse(["--quiet", "--out", str(tmp_path)]))
+    lines = forecast.series_figure(series).axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [
+        end - start for start, end in zip((0, *series.ends), (*series.ends, len(series.values)))
+    ]
+    assert lines[0].get_xdata()[0] == series.first
+
+
 def test_targets_and_errors() -> None:
     values = torch.arange(6.0)
     targets = forecast.targets_of(values[:, None], 2)[:, 0]

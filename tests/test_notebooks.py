@@ -58,6 +58,8 @@ def test_it_holds_no_logic(path: Path) -> None:
     for cell in code_cells(nbformat.read(path, as_version=4)):
         source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
         nodes = list(ast.walk(ast.parse(source)))
+        long = [n for n in nodes if isinstance(n, (ast.For, ast.While, ast.If)) and n.end_lineno - n.lineno > 6]
+        assert not long, cell.source
         assert not [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))], cell.source
 
 

@@ -62,6 +62,17 @@ def test_one_call_over_a_rollout_is_the_same_as_step_by_step(tmp_path: Path) -> 
             assert torch.equal(rollout.starts[1:], rollout.dones[:-1])
 
 
+def test_an_episode_in_words(tmp_path) -> None:
+    """The second of a row: from its signal, over the corridor, to the turn that ends it."""
+    options = recurrent_rl.parse(["--corridor", "2", "--seq-len", "400", "--quiet", "--out", str(tmp_path)])
+    lines = recurrent_rl.episode(recurrent_rl.Agent(options, False))
+    assert lines[0].split()[1] in ("left", "right")
+    assert lines[-1].split()[-1] in ("+1.0", "-1.0")
+    assert lines[-1].split()[1] == "junction"
+    assert len(lines) >= 4
+    assert all(float(line.split()[-1]) <= 0 for line in lines[:-1])
+
+
 def test_only_the_memory_solves_it(tmp_path: Path) -> None:
     returns = {name: agent(tmp_path, name == "memoryless").train() for name in recurrent_rl.POLICIES}
     assert returns["lstm"].last > 0.8

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import LSTM
 from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, GREEN, ORANGE, RED, canvas, heat, save
+from .drawing import BLUE, GREEN, ORANGE, RED, canvas, heat, panels, save
 from .tables import read_columns
 from .training import Curve, evaluation, fit, save_checkpoint
 
@@ -182,6 +184,31 @@ def classify(data: Data, layers: int, options: argparse.Namespace) -> Result:
     extra = dict(sizes=dict(zip(names, sizes)), classes=data.classes, words=data.words, accuracy=accuracy)
     save_checkpoint(options.out / f"layers_{layers}.pt", model, **extra)
     return Result(layers, accuracy, curve, said)
+
+
+def digit_figure(data: Data, shown: int = 8) -> Figure:
+    """The first images of the training rows, with their classes."""
+    figure, axes = panels(1, shown, shown, 1.4)
+    for axis, image, label in zip(axes, data.train.x, data.train.labels):
+        axis.imshow(image, cmap="gray_r")
+        axis.set_title(data.classes[label])
+        axis.axis("off")
+    return figure
+
+
+GOOD, BAD = ("wonderful", "moving", "clever", "a joy"), ("dull", "clumsy", "endless", "a bore")
+OPENINGS = ("The film is", "I found it", "To my eyes the second half was", "It is, all in all,")
+
+
+def write_opinions(path: Path, count: int = 600, seed: int = 0) -> Path:
+    """A CSV file of made-up opinions, columns text and label; half of them are turned round by a "not"."""
+    draws = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        liked, turned = draws.random() < 0.5, draws.random() < 0.5
+        words = draws.choice(GOOD if liked != turned else BAD)
+        rows.append((f"{draws.choice(OPENINGS)} {'not ' * turned}{words}.", "good" if liked else "bad"))
+    return save_table(path, ("text", "label"), rows)
 
 
 def loss_figure(results: Sequence[Result]) -> Figure:

@@ -170,6 +170,18 @@ def train(options: argparse.Namespace) -> Outcome:
     return Outcome(series, forecast, seasonal_naive(series, options.period, options.horizon), last, curve)
 
 
+def series_figure(series: Series) -> Figure:
+    """The whole series, and what each part of it is for."""
+    figure, axes = canvas(9, 2.6)
+    start = 0
+    for name, end in zip(("training", "chooses the weights", "held out"), (*series.ends, len(series.values))):
+        axes.plot(range(series.first + start, series.first + end), series.values[start:end], label=name)
+        start = end
+    axes.set(xlabel="step", ylabel="value")
+    axes.legend(ncols=3)
+    return figure
+
+
 def forecast_figure(outcome: Outcome, ahead: Sequence[int] = (1, 5)) -> Figure:
     """The held-out fifth, and what had been said of each step so many steps before."""
     series, start = outcome.series, outcome.series.ends[1]
@@ -182,6 +194,8 @@ def forecast_figure(outcome: Outcome, ahead: Sequence[int] = (1, 5)) -> Figure:
         naive = outcome.naive[start - k : -k, k - 1]
         axis.plot(times + series.first, naive, color=ORANGE, linewidth=1, linestyle="--", label="seasonal naive")
         axis.set_title(f"{k} step{'s' * (k > 1)} ahead", fontsize=10)
+        axis.set_ylabel("value")
+    axes[-1].set_xlabel("step")
     axes[0].legend(fontsize=8, ncols=3)
     return figure
 

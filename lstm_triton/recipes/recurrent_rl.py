@@ -34,7 +34,8 @@ from .training import descend, finite, save_checkpoint
 
 State = tuple[Tensor, Tensor]
 FORWARD, LEFT, RIGHT = range(3)
-ACTIONS, OBSERVATIONS = 3, 4  # what is seen: "left", "right", corridor, junction
+MOVES, SIGHTS = ("forward", "turns left", "turns right"), ("left", "right", "corridor", "junction")
+ACTIONS, OBSERVATIONS = len(MOVES), len(SIGHTS)
 PAY, FAIL, BUMP = 1.0, -1.0, -0.1  # the said turn, the other one, walking into a wall
 BEST = PAY
 POLICIES = {"lstm": ("LSTM", BLUE), "memoryless": ("memoryless", RED)}
@@ -177,6 +178,19 @@ class Agent:
                     returns.means.append(sum(ended) / len(ended))
                     bar.set_postfix_str(f"return {returns.means[-1]:.2f}", refresh=False)
         return returns
+
+
+def episode(agent: Agent) -> list[str]:
+    """The second episode of a maze of another rollout (the first may have begun before it), a line for every step."""
+    rollout, _, _ = agent.act()
+    row = int(rollout.dones.float().sum(0).argmax())
+    ends = rollout.dones[:, row].nonzero().flatten().tolist()
+    first, last = (ends[0] + 1, ends[1]) if len(ends) > 1 else (0, (*ends, len(rollout.dones) - 1)[0])
+    lines = []
+    for t in range(first, last + 1):
+        saw, did = SIGHTS[int(rollout.observations[t, row].argmax())], MOVES[int(rollout.actions[t, row])]
+        lines.append(f"sees {saw:9} {did:12} reward {float(rollout.rewards[t, row]):+.1f}")
+    return lines
 
 
 def return_figure(found: dict[str, Returns], corridor: int) -> Figure:
