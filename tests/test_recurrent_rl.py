@@ -67,9 +67,8 @@ def test_an_episode_in_words(tmp_path) -> None:
     options = recurrent_rl.parse(["--corridor", "2", "--seq-len", "400", "--quiet", "--out", str(tmp_path)])
     lines = recurrent_rl.episode(recurrent_rl.Agent(options, False))
     assert lines[0].split()[1] in ("left", "right")
-    assert lines[-1].split()[-1] in ("+1.0", "-1.0")
-    assert lines[-1].split()[1] == "junction"
-    assert len(lines) >= 4
+    turned = lines[-1].split()[1] == "junction" and lines[-1].split()[-1] in ("+1.0", "-1.0")
+    assert turned or len(lines) == 2 * (2 + 1), "it ends with a turn, or when its time is up"
     assert all(float(line.split()[-1]) <= 0 for line in lines[:-1])
 
 

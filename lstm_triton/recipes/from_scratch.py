@@ -201,8 +201,9 @@ def distance(ours: tuple[Tensor, State], theirs: tuple[Tensor, State]) -> float:
 
 
 BOXES = {  # name: (x, y, what is written, colour); c runs along the top, h along the bottom
+    "read": (4.2, 0.1, "x and h before", "#dddddd"),
     "c_before": (0.2, 3.4, "c before", "#dddddd"),
-    "f": (2.0, 2.2, "f", GATES["f"][1]),
+    "f": (1.3, 1.2, "f", GATES["f"][1]),
     "i": (3.0, 1.2, "i", GATES["i"][1]),
     "g": (4.6, 1.2, "g", GATES["g"][1]),
     "o": (6.6, 1.2, "o", GATES["o"][1]),
@@ -212,20 +213,21 @@ BOXES = {  # name: (x, y, what is written, colour); c runs along the top, h alon
     "tanh": (7.0, 2.2, "tanh(c)", "#dddddd"),
     "h": (8.6, 1.2, "h", "#dddddd"),
 }
-ARROWS = ("c_before kept", "f kept", "kept c", "i added", "g added", "added c", "c tanh", "tanh h", "o h")
+ARROWS = ("read f", "read i", "read g", "read o", "c_before kept", "f kept", "kept c", "i added", "g added", "added c", "c tanh", "tanh h", "o h")
 
 
 def flow_figure(step: Step) -> Figure:
     """The way of the numbers through one step, unit by unit in every box."""
     values = step._asdict() | {"kept": step.f * step.c_before, "added": step.i * step.g, "tanh": step.c.tanh()}
     figure, (axes,) = panels(1, 1, 10, 5)
-    axes.set(xlim=(-0.6, 9.4), ylim=(0.4, 4.1), title="One step: keep, add, show")
+    axes.set(xlim=(-0.7, 9.5), ylim=(-0.4, 4.1), title="One step: keep, add, show")
     axes.axis("off")
     patches = {}
     for name, (x, y, text, colour) in BOXES.items():
-        box = FancyBboxPatch((x - 0.62, y - 0.28), 1.24, 0.56, "round,pad=0.03", fc=colour, ec="black", alpha=0.55)
+        box = FancyBboxPatch((x - 0.72, y - 0.28), 1.44, 0.56, "round,pad=0.03", fc=colour, ec="black", alpha=0.55)
         patches[name] = axes.add_patch(box)
-        numbers = "  ".join(f"{value:.3g}" for value in values[name].tolist())
+        given = values[name].tolist() if name in values else []
+        numbers = "  ".join(f"{value:.3g}" for value in given) or "by four products: the gates"
         axes.text(x, y + 0.1, text, ha="center", va="center", weight="bold")
         axes.text(x, y - 0.13, numbers, ha="center", va="center", fontsize=6.5)
     for line in ARROWS:
