@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: test lint types pytest compile demo notebooks report sweep clean
+.PHONY: test lint types pytest compile oldest demo notebooks report sweep clean
 
 test: lint types pytest compile
 
@@ -28,6 +28,12 @@ pytest: .venv/installed
 compile: .venv/installed
 	$(BIN)/python -m pytest -q -m "aot or gpu"
 
+# The interpreter tests at the lower ends of what pyproject.toml admits, whose PyTorch is a CUDA build of some gigabytes.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot"
+
 demo: .venv/installed
 	$(BIN)/python -m lstm_triton.recipes.char_lm --out demo
 
@@ -46,4 +52,4 @@ sweep: .venv/installed
 	$(BIN)/python perf/compile_report.py --json sweep/compile.json
 
 clean:
-	rm -rf .venv demo sweep build dist *.egg-info
+	rm -rf .venv .venv-oldest demo sweep build dist *.egg-info

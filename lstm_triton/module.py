@@ -16,6 +16,7 @@ from .nested import nested_like, padded_of
 from .routing import (
     aten_can,
     compute_dtype,
+    exporting,
     kernel_refusal,
     possible_refusal,
     slower_reason,
@@ -212,7 +213,7 @@ class LSTM(nn.RNNBase):
         """
         packed = isinstance(input, PackedSequence)
         compiling = torch.compiler.is_compiling()
-        traced = compiling and not torch.compiler.is_exporting()
+        traced = compiling and not exporting()
         unmarked = lengths is None and reset is None and reset_state is None
         if self.learn_initial_state:
             hx = self._learned(input, hx)

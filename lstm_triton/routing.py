@@ -60,8 +60,15 @@ def plan_for(problem: Problem, device: Device) -> Plan | NoPlan:
     return plan(problem, device, active_table(device))
 
 
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # which PyTorch 2.11 does not trace
+
+
 def autocast_is_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -87,7 +94,7 @@ def kernel_refusal(
     kind: str = "plain",
 ) -> str:
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
-    if backend == "auto" and torch.compiler.is_exporting():
+    if backend == "auto" and exporting():
         return ""  # the operator goes into the program, and runs in plain PyTorch where it must
     if backend == "auto" and device_type == "cuda" and strict():
         backend = "triton"
@@ -160,6 +167,12 @@ def aten_can() -> bool:
     return not _transforms() & {"vmap", "jvp"}
 
 
+def exporting() -> bool:
+    """`torch.compiler.is_exporting`, which TorchDynamo of PyTorch 2.11 takes for true wherever it traces."""
+    return torch.compiler.is_exporting()
+
+
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `kernel_refusal`
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

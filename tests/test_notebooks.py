@@ -70,3 +70,34 @@ def test_words_state_no_measured_number(path: Path) -> None:
         if cell.cell_type == "markdown":
             text = re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)", "", cell.source)
             assert not re.search(r"\d+\.\d+|\d+ ?%|\d+ times|\d ?ms\b", text), text
+
+
+NUMBER = r"-?\d+\.\d+(?:e[-+]?\d+)?"
+
+
+def test_the_index_says_what_the_notebooks_reached() -> None:
+    """Every number with decimals in the last column of the index is printed by that recipe's notebook."""
+    table = NOTEBOOKS[0].parent.joinpath("README.md").read_text().partition("## What each reaches")[2]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    checked = 0
+    for recipe, _, reached in rows[2:]:
+        path = NOTEBOOKS[0].parent / f"{recipe}.ipynb"
+        said = {float(number) for number in re.findall(NUMBER, reached)}
+        if not path.exists():
+            assert not said, f"{recipe} has no notebook to print them"
+            continue
+        outputs = [output for cell in code_cells(nbformat.read(path, as_version=4)) for output in cell.outputs]
+        printed = {float(number) for output in outputs for number in re.findall(NUMBER, output.get("text", ""))}
+        assert said <= printed, f"{recipe}: {said - printed}"
+        checked += len(said)
+    assert checked >= 10
+
+
+def test_every_symptom_in_the_notebook_is_cured() -> None:
+    (path,) = (path for path in NOTEBOOKS if path.stem == "debugging")
+    cells = code_cells(nbformat.read(path, as_version=4))
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    assert printed.count("; gone") == 11
+    assert "STILL THERE" not in printed

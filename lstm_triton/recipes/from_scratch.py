@@ -213,7 +213,21 @@ BOXES = {  # name: (x, y, what is written, colour); c runs along the top, h alon
     "tanh": (7.0, 2.2, "tanh(c)", "#dddddd"),
     "h": (8.6, 1.2, "h", "#dddddd"),
 }
-ARROWS = ("read f", "read i", "read g", "read o", "c_before kept", "f kept", "kept c", "i added", "g added", "added c", "c tanh", "tanh h", "o h")
+ARROWS = (
+    "read f",
+    "read i",
+    "read g",
+    "read o",
+    "c_before kept",
+    "f kept",
+    "kept c",
+    "i added",
+    "g added",
+    "added c",
+    "c tanh",
+    "tanh h",
+    "o h",
+)
 
 
 def flow_figure(step: Step) -> Figure:
