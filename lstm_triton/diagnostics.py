@@ -138,7 +138,7 @@ class Seen:
 
     def figure(self) -> Any:
         """A matplotlib Figure: gradient norms by parameter and by step, saturated gates, states by step."""
-        from .recipes.debugging import inside_figure
+        from .recipes.inside import inside_figure
 
         return inside_figure(self)
 
