@@ -13,15 +13,7 @@ from . import functional
 from .cudnn import Call
 from .functional import States
 from .nested import nested_like, padded_of
-from .routing import (
-    aten_can,
-    compute_dtype,
-    exporting,
-    kernel_refusal,
-    possible_refusal,
-    slower_reason,
-    untraced,
-)
+from .routing import aten_can, compute_dtype, exporting, kernel_refusal, possible_refusal, slower_reason, untraced
 from .validation import State, check_options, check_pair, of_type
 from .variant import PLAIN, Variant
 from .weights import add_weights, check_start, fill_own
