@@ -417,7 +417,7 @@ def test_the_stages_refuse_wrong_arguments(arguments: list[str], tmp_path: Path)
     assert "usage:" in done.stderr or "no stage nonsense" in done.stderr
 
 
-@pytest.mark.parametrize("stage", ["home", "tune"])
+@pytest.mark.parametrize("stage", ["home", "tune", "first"])
 def test_a_stage_runs_with_nothing_installed(stage: str, tmp_path: Path) -> None:
     """A sweep with cold starts, and tuning, from a package laid out by the script itself, on this machine's CPU."""
     # The environment's packages without its link to the checkout.
@@ -433,6 +433,8 @@ def test_a_stage_runs_with_nothing_installed(stage: str, tmp_path: Path) -> None
     text = (PERF / "on_gpu.sh").read_text()
     assert '--set "$stage"' in text
     text = text.replace('--set "$stage"', "--set tiny --provider nn_lstm ours --mode forward cold --repeat 1")
+    assert "--set first --mode forward train" in text
+    text = text.replace("--set first --mode forward train", "--set tiny --mode forward")
     text = text.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"')
     script = tmp_path / "on_gpu.sh"
     script.write_text(text)
@@ -442,6 +444,15 @@ def test_a_stage_runs_with_nothing_installed(stage: str, tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if stage == "tune":
         assert "tuning measures on a GPU: there is none here" in done.stdout, done.stdout + done.stderr
+        return
+    if stage == "first":  # every part is tried, whatever became of the one before, and its output kept
+        assert done.returncode == 2, "the steps of kernels need a GPU"
+        out = {name: (tmp_path / "out" / f"{name}.txt").read_text() for name in ("tests", "steps", "host", "first")}
+        assert "needs a CUDA device" in out["tests"]
+        assert "error" not in out["tests"]
+        assert "there is none" in out["steps"]
+        assert "training step" in out["host"]
+        assert {row.mode for row in read_rows(tmp_path / "out" / "first.csv")} == {"", "forward"}
         return
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_rows(tmp_path / "out" / "home.csv")
