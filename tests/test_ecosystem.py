@@ -18,8 +18,7 @@ from lstm_triton import LSTM
 
 BACKENDS = ["auto", "triton"]
 pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),  # Triton 3.6's interpreter
+    pytest.mark.filterwarnings("error", "ignore:Conversion of an array with ndim"),  # Triton 3.6's interpreter
     pytest.mark.parametrize("backend", BACKENDS),
 ]
 TWO_LAYERS = dict(num_layers=2, bidirectional=True)

@@ -351,8 +351,7 @@ PPO = ["--steps", "6", "--batch", "4", "--hidden-size", "8", "--input-size", "5"
 
 
 @pytest.mark.parametrize(("backend", "path"), [("auto", "step by step in plain PyTorch"), ("triton", "the kernels")])
-@pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # Triton 3.6's interpreter
+@pytest.mark.filterwarnings("error", "ignore:Conversion of an array with ndim")  # Triton 3.6's interpreter
 def test_resets_are_timed_against_segments(backend: str, path: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ppo_resets, "device_here", lambda: CPU)
     monkeypatch.setattr(ppo_resets, "LSTM", partial(ppo_resets.LSTM, backend=backend))

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from lstm_triton import LSTM
 
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),  # Triton 3.6's interpreter
-]
+# Triton 3.6's interpreter makes NumPy warn.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:Conversion of an array with ndim")
 FOLDER = Path(__file__).parent / "scripts"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 BACKENDS = ["auto", "triton"]
