@@ -26,10 +26,16 @@ class _Encoded:
         """Inverse of `encode`; ValueError names what is wrong with any other text."""
         words = dict(word.partition("=")[::2] for word in text.split())
         expected = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
-        if words.keys() != expected.keys():
+        if words.keys() != expected.keys() or len(text.split()) != len(expected):
             raise ValueError(f"a {cls.__name__.lower()} has the fields {', '.join(expected)}; got {text!r}")
         readers = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
-        return cls(**{name: readers[str(expected[name])](word) for name, word in words.items()})
+        values = {}
+        for name, word in words.items():
+            try:
+                values[name] = readers[str(expected[name])](word)
+            except (KeyError, ValueError):
+                raise ValueError(f"{name} of a {cls.__name__.lower()} is a {expected[name]}, got {word!r}") from None
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Config(_Encoded):
         for name in ("split_k", "num_warps"):
             if (number := getattr(self, name)) not in (1, 2, 4, 8):
                 raise ValueError(f"{name} must be 1, 2, 4 or 8, got {number}")
+        for name, least in (("num_stages", 1), ("max_batch_tiles", 0)):
+            if (number := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}")
         if self.protocol == "mailbox" and self.block_b * self.block_k < 32 * self.num_warps:
             raise ValueError("a mailbox's tile, block_b x block_k, needs an element for each thread of the program")
         if self.placement == "local" and (self.block_k != self.block_h or not self.resident):

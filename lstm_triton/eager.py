@@ -1,8 +1,9 @@
 """A layer without PyTorch's dispatcher: what `ops.layer` computes, for a fraction of the time before the launch.
 
 An operator of `torch.library` is for those who look at a program: compilers, exporters, vmap, dispatch modes,
-subclasses of tensors. In a plain eager call there is nobody to look, and the detour takes as long as a short sequence
-does on a GPU (`python perf/host_overhead.py`). Both run the same functions, with the same rule for the gradient.
+subclasses of tensors, profilers. In a plain eager call there is nobody to look, and the detour takes as long as a
+short sequence does on a GPU (`python perf/host_overhead.py`). Both run the same functions, with the same rule for the
+gradient.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def unobserved(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nothing but autograd could see an operator on these tensors."""
+    """Whether nothing but autograd could see an operator on these tensors, or would have to make them plain for it."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # is_grads_batched=True
         or torch._C._get_tracing_state() is not None
-    ) and all(tensor is None or type(tensor) in PLAIN_TYPES for tensor in tensors)
+        or torch.autograd._profiler_enabled()
+    ) and all(tensor is None or _plain(tensor) for tensor in tensors)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """What the dispatcher would hand to a kernel as it is."""
+    return type(tensor) in PLAIN_TYPES and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 class LSTMLayer(torch.autograd.Function):

@@ -114,7 +114,8 @@ class Variant:
 
     def cell(self, training: bool) -> Cell:
         """For the kernels; the plain cell's where nothing changes it (weight_dropout does not, it changes weights)."""
-        return _cell(self, training, torch.is_grad_enabled())
+        make = _cell.__wrapped__ if torch.compiler.is_compiling() else _cell  # Dynamo warns of caches
+        return make(self, training, torch.is_grad_enabled())
 
     def kind(self, training: bool) -> str:
         """What the planner wants to know: one of `problem.KINDS`."""

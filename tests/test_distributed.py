@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import subprocess
 import sys
@@ -140,6 +141,7 @@ def main(rank: int, backend: str, folder: Path) -> None:
         outcome = by_fsdp(backend, marks, rank) if name == "fsdp" else by_ddp(backend, marks, rank, WRAPPERS[name])
         found[name, kind] = tuple(outcome)
     torch.save(found, folder / f"{rank}.pt")
+    gc.collect()  # see recipes/distributed.py
     dist.destroy_process_group()
 
 

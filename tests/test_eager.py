@@ -71,6 +71,31 @@ def test_a_dispatch_mode_sees_the_operators() -> None:
     assert "lstm_triton.layer_backward.default" in names.seen
 
 
+def test_a_profiler_sees_the_operators() -> None:
+    module = LSTM(3, 4, backend="triton", precision="ieee")
+    with torch.profiler.profile() as profile:
+        module(torch.randn(2, 2, 3))[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"lstm_triton::layer", "lstm_triton::layer_backward"} <= names
+
+
+def test_batched_gradients_of_the_old_kind_say_what_is_missing() -> None:
+    x = torch.randn(2, 2, 3, requires_grad=True)
+    out, _ = LSTM(3, 4, backend="triton", precision="ieee")(x)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for lstm_triton::layer_backward"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+def test_a_lazily_negated_tensor_is_what_it_says() -> None:
+    module = LSTM(3, 4, backend="triton", precision="ieee")
+    x, h_0, c_0 = torch.randn(2, 2, 3), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    want = module(x, (h_0, c_0))[0]
+    assert torch.equal(module(x, (torch._neg_view(-h_0), torch._neg_view(-c_0)))[0], want)
+    zeros = torch._efficientzerotensor(want.shape)
+    (grad,) = torch.autograd.grad(want, module.weight_hh_l0, zeros)
+    assert not grad.any()
+
+
 class Subclass(Tensor):
     pass
 

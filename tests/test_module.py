@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -271,6 +272,14 @@ def test_compile_for_training_on_any_path(backend: str, packed: bool) -> None:
     torch.testing.assert_close(got.data, want.data)
     (got.data if packed else got).sum().backward()
     assert module.weight_hh_l0.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiling_warns_of_no_cache_of_ours(backend: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(LSTM(5, 6, backend=backend), backend="aot_eager")(torch.randn(4, 3, 5))
+    assert not [one for one in caught if "lru_cache" in str(one.message)], "Dynamo warns of caches"
 
 
 def test_explain() -> None:

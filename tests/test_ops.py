@@ -201,6 +201,15 @@ def test_config_text_round_trip() -> None:
         assert Config.decode(config.encode()) == config
     with pytest.raises(ValueError, match="a config has the fields"):
         Config.decode("placement=grid")
+    with pytest.raises(ValueError, match="a config has the fields"):
+        Config.decode(LOCAL.encode() + " num_warps=4")
+    for old, new, message in (
+        ("resident=True", "resident=1", "resident of a config is a bool, got '1'"),
+        ("block_b=16", "block_b=x", "block_b of a config is a int, got 'x'"),
+    ):
+        assert old in LOCAL.encode()
+        with pytest.raises(ValueError, match=message):
+            Config.decode(LOCAL.encode().replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +218,8 @@ def test_config_text_round_trip() -> None:
         (dict(placement="nowhere"), "placement must be"),
         (dict(protocol="pigeon"), "protocol must be"),
         (dict(protocol="none"), "does not go with"),
+        (dict(num_stages=0), "num_stages must be at least 1, got 0"),
+        (dict(max_batch_tiles=-1), "max_batch_tiles must be at least 0, got -1"),
         (dict(num_warps=3), "num_warps must be 1, 2, 4 or 8, got 3"),
         (dict(split_k=0), "split_k must be 1, 2, 4 or 8, got 0"),
         (dict(protocol="mailbox", block_b=8, block_k=16, num_warps=8), "an element for each thread"),

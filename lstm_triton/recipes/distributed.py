@@ -12,6 +12,7 @@ between GPUs, gloo on the CPU. Rank 0 writes to --out: best.pt, the checkpoint w
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -146,6 +147,8 @@ def work(options: argparse.Namespace, place: Place) -> None:
         best = train(model, options, place, device)
     finally:
         if place.processes > 1:
+            # DDP is a cycle that keeps the process group: were it collected as Python ends, gloo's threads would abort.
+            gc.collect()
             dist.destroy_process_group()
     if place.rank == 0:
         print(f"{place.processes} x {device.type}, validation loss {best:.6f} (always answering 1: {BASELINE:.6f})")
