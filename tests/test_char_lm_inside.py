@@ -84,7 +84,9 @@ def test_the_whole_way(checkpoint: Path, tmp_path: Path, capsys) -> None:
     assert char_lm_inside.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"gates.png", "forgetting.png", "tracking.png", "temperatures.txt"}
-    assert "most forgetful:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "most forgetful:" in printed
+    assert "written: gates.png, forgetting.png, tracking.png, temperatures.txt in" in printed
     assert char_lm_inside.main([*arguments, "--layer", "2", "--out", str(tmp_path / "out")]) == 2
     assert "--layer 2: the model has 2 layers" in capsys.readouterr().err
 

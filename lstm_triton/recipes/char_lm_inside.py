@@ -7,7 +7,8 @@ Reads a checkpoint of `char_lm`. Which characters make the model forget is the m
 them, over the validation text. For properties of the text (the position in the line, being inside quotes or
 parentheses, the length of the word so far ...) the unit of the cell state is sought that correlates most with each on
 one half of the text, and confirmed on the other half (after Karpathy, Johnson and Fei-Fei, 2015).
-Writes to --out: gates.png, forgetting.png, tracking.png, temperatures.txt.
+Writes to --out: gates.png, temperatures.txt, and where the text has frequent characters and properties that change,
+forgetting.png and tracking.png.
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ def work(options: argparse.Namespace) -> None:
     samples = [(t, generate(model, alphabet, options.sample, t, options.seed)) for t in options.temperature]
     written = "\n\n".join(f"--- temperature {t} ---\n{sample}" for t, sample in samples)
     write_atomically(out / "temperatures.txt", lambda part: part.write_text(written + "\n", encoding="utf-8"))
-    print(f"\n{written}\n\nwritten: gates.png, forgetting.png, tracking.png, temperatures.txt in {out}")
+    names = ", ".join(path.name for path in [*files, out / "temperatures.txt"])
+    print(f"\n{written}\n\nwritten: {names} in {out}")
 
 
 if __name__ == "__main__":
