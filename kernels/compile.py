@@ -68,6 +68,9 @@ class _Driver:
     def get_current_stream(self, device: object) -> int:
         return 0
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
 
 @contextlib.contextmanager
 def compiling_for(arch: str) -> Iterator[None]:

@@ -64,6 +64,16 @@ def device_of(device: torch.device) -> Device:
     return found if COOPERATIVE.read() == "1" else replace(found, cooperative=False)
 
 
+def stand_in(device: torch.device) -> Device | None:
+    """What Triton's active driver says it runs on, where that driver takes CPU tensors: it stands in for a GPU."""
+    driver = triton.runtime.driver._active  # never made here: a GPU's driver may not be able to start
+    if device.type != "cpu" or driver is None or driver.get_active_torch_device().type != "cpu":
+        return None
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    sizes = properties["multiprocessor_count"], properties["max_shared_mem"]
+    return Device("stand-in", f"sm_{driver.get_current_target().arch}", *sizes, cooperative=COOPERATIVE.read() == "1")
+
+
 @cache
 def _device_of(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)

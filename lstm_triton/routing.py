@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .cudnn import Call, algorithm
-from .device import INTERPRETER, Device, device_of
+from .device import INTERPRETER, Device, device_of, stand_in
 from .kernels.config import PRECISIONS as PRECISIONS
 from .kernels.forward import lstm_forward_kernel
 from .kernels.launch import is_interpreted
@@ -50,6 +50,8 @@ def kernel_device(device: torch.device) -> Device | NoPlan:
         if device.type == "cpu":
             return INTERPRETER
         return NoPlan(f"Triton's interpreter is on (TRITON_INTERPRET=1) and takes CPU tensors, not {device.type}")
+    if (found := stand_in(device)) is not None:
+        return found
     if device.type != "cuda":
         return NoPlan(f"the tensors are on {device.type}: the kernels run on CUDA and ROCm devices")
     return device_of(device)
@@ -122,7 +124,8 @@ def possible_refusal(
         _refusal(
             device,
             Request(backend, dtype, resolve_precision(precision), hidden_size, directions, kind),
-            COOPERATIVE.read(),  # for the cache: it is part of what `kernel_device` gives
+            COOPERATIVE.read(),  # for the cache, as the next: parts of what `kernel_device` gives
+            stand_in(device),
         )
         or _transform()
     )
@@ -178,7 +181,7 @@ transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
-def _refusal(device: torch.device, request: Request, cooperative: str) -> str:
+def _refusal(device: torch.device, request: Request, cooperative: str, standing_in: Device | None) -> str:
     if request.backend == "auto" and device.type == "cpu":
         return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
     return refusal_on(kernel_device(device), request)
