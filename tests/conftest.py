@@ -1,18 +1,25 @@
-"""Test set-up. Kernels run in Triton's interpreter, unless `-m` asks for the aot or gpu tests."""
+"""Test set-up. Kernels run in Triton's interpreter, unless `-m` asks for the aot, machine or gpu tests."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from engines import INTERPRETED, TARGETS, Engine, is_chosen
+
+COMPILED = ("aot", "machine", "gpu")  # what needs compiled kernels, and so a process of its own
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="compiled code on every target, by more seeds and plans")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = (config.option.markexpr or "").replace("not gpu", "").replace("not aot", "")
-    if "gpu" not in chosen and "aot" not in chosen:
+    if not re.findall(rf"(?<!not )\b({'|'.join(COMPILED)})\b", config.option.markexpr or ""):
         # Triton reads this when a kernel is defined, so it must stand before the first import.
         if "triton" in sys.modules:
             raise pytest.UsageError("triton was imported before the tests could turn its interpreter on")
@@ -31,14 +38,33 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.repair_bf16()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The fixture `engine`: what kernels can run on in this process."""
+    if "engine" in metafunc.fixturenames:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            engines = [INTERPRETED]
+        else:
+            engines = [pytest.param(target, marks=pytest.mark.machine) for target in TARGETS]
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    unchosen = [item for item in items if not is_chosen(item, config.option.long)]
+    if unchosen:
+        config.hook.pytest_deselected(items=unchosen)
+        items[:] = [item for item in items if item not in set(unchosen)]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
-        compiled = item.get_closest_marker("aot") or item.get_closest_marker("gpu")
-        if compiled and interpreted:
-            item.add_marker(pytest.mark.skip(reason='needs compiled kernels: run pytest -m "aot or gpu"'))
+        if interpreted and any(item.get_closest_marker(marker) for marker in COMPILED):
+            reason = 'needs compiled kernels: run pytest -m "aot or machine or gpu"'
+            item.add_marker(pytest.mark.skip(reason=reason))
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
 

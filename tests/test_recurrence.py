@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import Engine
 from layers import Case, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import constants
 
-from lstm_triton.recipes.interpreter import cooperative
 
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
@@ -50,57 +50,59 @@ FEATURES = {
 }
 
 
-def check(case: Case, config: Config) -> None:
-    with cooperative(seed=case.seed):
+def check(engine: Engine, case: Case, config: Config) -> None:
+    with engine(case.seed):
         ours = by_kernels(case, config)
     assert_as_good_as_torch(ours, case)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("feature", ["plain", "everything"])
-def test_every_config(config: Config, feature: str) -> None:
-    check(FEATURES[feature], config)
+def test_every_config(engine: Engine, config: Config, feature: str) -> None:
+    check(engine, FEATURES[feature], config)
 
 
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("name", ["local-weights-second", "local-8-rows", "mailbox-split-k-resident", "mailbox-split-k-weights-first-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
-def test_every_feature(case: Case, name: str) -> None:
+def test_every_feature(engine: Engine, case: Case, name: str) -> None:
     if case.hidden_size <= 16 and name.startswith("local"):
         config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
     else:
         config = CONFIGS[name]
-    check(case, config)
+    check(engine, case, config)
 
 
 @pytest.mark.parametrize("units_first", [True, False])
-def test_two_slices_for_each_gate(units_first: bool) -> None:
+def test_two_slices_for_each_gate(engine: Engine, units_first: bool) -> None:
     """Eight warps of a `local` backward pass; at H = 20 the second slice of a gate has a tail."""
     case = FEATURES["everything"]
     forward = Config("local", "none", True, units_first, 1, 8, 32, 32, 8)
-    assert_as_good_as_torch(by_kernels(case, forward, replace(forward, split_k=8)), case)
+    with engine():
+        ours = by_kernels(case, forward, replace(forward, split_k=8))
+    assert_as_good_as_torch(ours, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["local-weights-first", "mailbox-split-k-resident", "flags-weights-second-streamed", "stepwise-weights-first-resident"])  # fmt: skip
-def test_every_type(dtype: torch.dtype, name: str) -> None:
-    check(Case(dtype=dtype, directions=2, lengths=True, reset=True, batch=5, seed=3), CONFIGS[name])
+def test_every_type(engine: Engine, dtype: torch.dtype, name: str) -> None:
+    check(engine, Case(dtype=dtype, directions=2, lengths=True, reset=True, batch=5, seed=3), CONFIGS[name])
 
 
-def test_long_sequence_in_16_bit() -> None:
+def test_long_sequence_in_16_bit(engine: Engine) -> None:
     """Errors must not grow faster than PyTorch's over many steps: the cell state is fp32."""
-    check(Case(dtype=torch.bfloat16, seq_len=60, batch=2), LOCAL)
+    check(engine, Case(dtype=torch.bfloat16, seq_len=60, batch=2), LOCAL)
 
 
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
-def test_waves_of_batch_tiles(protocol: str) -> None:
+def test_waves_of_batch_tiles(engine: Engine, protocol: str) -> None:
     """A batch of three tiles in launches of at most two: the flags and mailboxes of both are used."""
     config = Config("grid", protocol, True, False, 1, 16, 16, 16, 4, max_batch_tiles=2)
-    check(Case(batch=35, seq_len=2, hidden_size=17, directions=2), config)
+    check(engine, Case(batch=35, seq_len=2, hidden_size=17, directions=2), config)
 
 
-def test_forward_and_backward_may_differ() -> None:
+def test_forward_and_backward_may_differ(engine: Engine) -> None:
     case = Case(directions=2)
-    with cooperative(0):
+    with engine():
         ours = by_kernels(case, LOCAL, CONFIGS["flags-split-k-resident"])
     assert_as_good_as_torch(ours, case)
 

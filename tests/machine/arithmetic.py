@@ -10,16 +10,16 @@ import numpy as np
 LANES = np.arange(32)
 CANONICAL_NAN = np.uint32(0x7FFFFFFF)
 
-# Bounds of relative errors (9.7.3). A unit in the last place is at most 2^-23 of a value; rounding what is computed
-# here to fp32 takes half of one, which the bounds leave room for.
+# How far approximate instructions are off (9.7.3) before they are rounded to fp32, which takes another half of a unit in
+# the last place: in such units, and relative to the exact value.
 ERRORS = {
-    "ex2": 2.0**-22,  # 2 units in the last place (9.7.3.21)
-    "rcp": 2.0**-24,  # 1 (9.7.3.13)
-    "div.full": 1.5 * 2.0**-23,  # 2 (9.7.3.8)
-    "div.approx": 1.5 * 2.0**-23,
-    "sqrt": 2.0**-24,  # relative 2^-23 (9.7.3.15)
-    "rsqrt": 2.0**-23.9,  # relative 2^-22.9 (9.7.3.16)
-    "tanh": 2.0**-11,  # (9.7.3.22)
+    "ex2": (1.5, 0.0),  # 2 units in all (9.7.3.21)
+    "rcp": (0.5, 0.0),  # 1 (9.7.3.13)
+    "div.full": (1.5, 0.0),  # 2 (9.7.3.8)
+    "div.approx": (1.5, 0.0),  # 2 (9.7.3.8)
+    "sqrt": (0.0, 2.0**-24),  # relative 2^-23 (9.7.3.15)
+    "rsqrt": (0.0, 2.0**-23),  # relative 2^-22.9 (9.7.3.16)
+    "tanh": (0.0, 2.0**-11 - 2.0**-24),  # relative 2^-11 (9.7.3.22)
 }
 
 
@@ -40,41 +40,43 @@ def flushed(x: np.ndarray) -> np.ndarray:
     return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
 
-def _disturbed(exact: np.ndarray, x: np.ndarray, bound: float, seed: int) -> np.ndarray:
-    """fp64 results, each off by a share of `bound` that depends on the operand's bits and the seed alone."""
+def _disturbed(exact: np.ndarray, x: np.ndarray, name: str, seed: int) -> np.ndarray:
+    """fp64 results, each off by a share of the bound that depends on the operand's bits and the seed alone."""
+    units, relative = ERRORS[name]
     with np.errstate(over="ignore"):
         bits = x.view(np.uint32) * np.uint32(2654435761) + np.uint32(seed)
-        bits = (bits ^ (bits >> 15)) * np.uint32(2246822519)
-        share = (bits ^ (bits >> 13)).astype(np.float64) * 2.0**-31 - 1.0
-    return (exact * (1.0 + bound * share)).astype(np.float32)
+        bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(2246822519)
+    share = (bits ^ (bits >> np.uint32(13))).astype(np.float64) * 2.0**-31 - 1.0
+    bound = units * np.spacing(np.abs(exact.astype(np.float32))) if units else relative * np.abs(exact)
+    return np.where(np.isfinite(bound), exact + bound * share, exact).astype(np.float32)
 
 
 def ex2(x: np.ndarray, seed: int) -> np.ndarray:
     x = flushed(x)
-    return np.where(x == 0, np.float32(1), flushed(_disturbed(np.exp2(x.astype(np.float64)), x, ERRORS["ex2"], seed)))
+    return np.where(x == 0, np.float32(1), flushed(_disturbed(np.exp2(x.astype(np.float64)), x, "ex2", seed)))
 
 
 def rcp(x: np.ndarray, seed: int) -> np.ndarray:
     x = flushed(x)
-    return flushed(_disturbed(1.0 / x.astype(np.float64), x, ERRORS["rcp"], seed))
+    return flushed(_disturbed(1.0 / x.astype(np.float64), x, "rcp", seed))
 
 
 def sqrt(x: np.ndarray, seed: int) -> np.ndarray:
     x = flushed(x)
-    return _disturbed(np.sqrt(x.astype(np.float64)), x, ERRORS["sqrt"], seed)
+    return _disturbed(np.sqrt(x.astype(np.float64)), x, "sqrt", seed)
 
 
 def rsqrt(x: np.ndarray, seed: int) -> np.ndarray:
     x = flushed(x)
-    return flushed(_disturbed(1.0 / np.sqrt(x.astype(np.float64)), x, ERRORS["rsqrt"], seed))
+    return flushed(_disturbed(1.0 / np.sqrt(x.astype(np.float64)), x, "rsqrt", seed))
 
 
 def divide(a: np.ndarray, b: np.ndarray, kind: str, seed: int) -> np.ndarray:
-    return _disturbed(a.astype(np.float64) / b, a * b, ERRORS[kind], seed)
+    return _disturbed(a.astype(np.float64) / b, a * b, kind, seed)
 
 
 def tanh(x: np.ndarray, seed: int) -> np.ndarray:
-    return _disturbed(np.tanh(x.astype(np.float64)), x, ERRORS["tanh"], seed)
+    return _disturbed(np.tanh(x.astype(np.float64)), x, "tanh", seed)
 
 
 # Conversions (9.7.9.21)

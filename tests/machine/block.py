@@ -22,7 +22,9 @@ class Block:
         self.epoch = 0  # releases so far
         self.pending: list[np.ndarray] = []  # stores that only this block sees
         self.unreleased: list[np.ndarray] = []  # stores that have arrived, but that no release has published
-        self.shared = Shared(launch.shared_size, launch.code.shared_granule, launch.warps, launch.adversary)
+        self.shared = Shared(
+            launch.shared_size, launch.code.shared_granule, launch.warps, launch.code.by_proxy, launch.adversary
+        )
         self.warps = [Warp(self, index) for index in range(launch.warps)]
 
     @property

@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 UNRELEASED = np.iinfo(np.int32).max
+
+
+@lru_cache
+def column(count: int) -> np.ndarray:
+    """0, 1, ... down the first axis."""
+    return np.arange(count, dtype=np.uint32)[:, None]
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,13 @@ class Memory:
 
     def locate(self, site: Instruction, warp: Warp, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Offsets from `low` in bytes, and indices of the first granules' shadows, of `size` bytes at each address."""
+        if int(np.bitwise_or.reduce(address)) & (size - 1):
+            wrong = int(address[address % np.uint64(size) != 0][0])
+            raise Misaligned(warp.report(site, f"{size} bytes at {self.name_of(wrong)}"))
         where = self.begins.searchsorted(address, "right") - 1
-        if (address % size).any():
-            raise Misaligned(warp.report(site, f"{size} bytes at {self.name_of(int(address[(address % size) != 0][0]))}"))
-        inside = (where >= 0) & (address + np.uint64(size) <= self.ends[where])
-        if not inside.all():
-            raise OutOfBounds(warp.report(site, f"{size} bytes at {self.name_of(int(address[~inside][0]))}"))
+        outside = (where < 0) | (address + np.uint64(size) > self.ends[where])
+        if np.count_nonzero(outside):
+            raise OutOfBounds(warp.report(site, f"{size} bytes at {self.name_of(int(address[outside][0]))}"))
         offset = (address - np.uint64(self.low)).view(np.int64)
         return offset, offset // self.granule + self.shift[where]
 
@@ -118,29 +126,29 @@ class Memory:
         if width < self.granule:
             shadows = first[None, :]
         else:
-            shadows = first + np.arange(count * parts)[:, None]
+            shadows = first + column(count * parts)
         index = offset // width
-        elements = self.views[width][index if count == 1 else index + np.arange(count)[:, None]]
+        elements = self.views[width][index if count == 1 else index + column(count)]
         elements = elements.reshape(count, -1)
         if strong:
             elements = self._strong(warp, elements, shadows, offset, width, count)
             warp.polled(site, address, elements)
             return elements
-        if not self.owner[shadows].any():
+        if not np.count_nonzero(self.owner[shadows]):
             return elements
         return self._blend(warp, elements, shadows, offset, width, True)
 
     def _strong(
         self, warp: Warp, elements: np.ndarray, shadows: np.ndarray, offset: np.ndarray, width: int, count: int
     ) -> np.ndarray:
-        if not self.owner[shadows].any():
+        if not np.count_nonzero(self.owner[shadows]):
             return elements
         found = self._blend(warp, elements, shadows, offset, width, False)
         if self.adversary.tears() and self.hidden[shadows].any():
             # Something arrives while the lanes read: some have read before, some read after.
             warp.block.launch.drain_some()
             index = offset // width
-            elements = self.views[width][index if count == 1 else index + np.arange(count)[:, None]]
+            elements = self.views[width][index if count == 1 else index + column(count)]
             later = self._blend(warp, elements.reshape(count, -1), shadows, offset, width, False)
             found = np.where(self.adversary.lanes(found.shape), found, later)
         return found
@@ -174,15 +182,16 @@ class Memory:
         count = values.shape[0]
         offset, first = self.locate(site, warp, address, width * count)
         parts = width // self.granule
-        shadows = (first + np.arange(count * parts)[:, None]).ravel()
-        index = (offset // self.granule + np.arange(count * parts)[:, None]).ravel()
+        shadows = (first + column(count * parts)).ravel()
+        index = (offset // self.granule + column(count * parts)).ravel()
         granules = np.ascontiguousarray(np.ascontiguousarray(values.T).view(self.memory.dtype).T).ravel()
         if self.adversary.last_lane_loses():
-            shadows, index, granules = shadows[::-1], index[::-1], granules[::-1]
+            shadows, index, granules = (one[::-1].copy() for one in (shadows, index, granules))
         owners = self.owner[shadows]
-        foreign = (owners != 0) & (owners != warp.block.number + 1)
-        if foreign.any() and (foreign & (self.epoch[shadows] > warp.clock[owners - 1]) & (self.memory[index] != granules)).any():
-            raise Race(warp.report(site, f"another program stores another value at {self.name_of(int(address[0]))}"))
+        if np.count_nonzero(owners):
+            foreign = (owners != 0) & (owners != warp.block.number + 1) & (self.memory[index] != granules)
+            if (foreign & (self.epoch[shadows] > warp.clock[owners - 1])).any():
+                raise Race(warp.report(site, f"another program stores another value at {self.name_of(int(address[0]))}"))
         visible = self.hidden[shadows] == 0
         self.old[shadows[visible]] = self.memory[index[visible]]
         self.memory[index] = granules

@@ -97,30 +97,37 @@ class Launch:
         warps = [warp for block in self.blocks for warp in block.warps]
         looked, quiet, version = 0, 0, memory.version
         while True:
-            ready = [
-                warp
-                for warp in warps
-                if warp.state == RUNNING or (warp.state == WAITING and warp.waiting_since != memory.version)
-            ]
             if memory.version != version:
                 looked, quiet, version = 0, 0, memory.version
-            if not ready:
+            warp = self._choose(warps)
+            if warp is None:
                 warps = [warp for warp in warps if warp.state != DONE]
                 if not warps:
                     return
                 if self.drain_some():
                     continue
                 looked += 1
-                ready = [warp for warp in warps if warp.state == WAITING]
-                if looked > ROUNDS * len(warps) or not ready:
-                    raise Deadlock(self._who_waits(warps))
-            warp = adversary.random.choice(ready)
+                waiting = [warp for warp in warps if warp.state == WAITING]
+                if looked > ROUNDS * len(warps) or not waiting:
+                    raise Deadlock(self._who_waits())
+                warp = adversary.random.choice(waiting)
             warp.state = RUNNING
-            burst = adversary.burst()
-            warp.run(burst)
-            quiet += burst if burst < 100 else 1
+            quiet += warp.run(adversary.burst())
             if quiet > PATIENCE:
                 raise Deadlock(f"{self.name}: nothing has changed in {PATIENCE} steps of its warps")
+
+    def _choose(self, warps: list[Warp]) -> Warp | None:
+        """Any warp that can go on; None if there is none."""
+
+        def ready(warp: Warp) -> bool:
+            return warp.state == RUNNING or (warp.state == WAITING and warp.waiting_since != self.memory.version)
+
+        for _ in range(4):
+            warp = warps[int(self.adversary.random.random() * len(warps))]
+            if ready(warp):
+                return warp
+        found = [warp for warp in warps if ready(warp)]
+        return self.adversary.random.choice(found) if found else None
 
     def stored(self, warp: Warp) -> None:
         """After a store: something may arrive."""
@@ -163,7 +170,7 @@ class Launch:
             found |= {f"%ctaid.{axis}": same(at), f"%nctaid.{axis}": same(size)}
         return found | {f"%tid.{axis}": same(0) for axis in "yz"} | {f"%ntid.{axis}": same(1) for axis in "yz"}
 
-    def _who_waits(self, warps: list[Warp]) -> str:
+    def _who_waits(self) -> str:
         """Of every program, what its warps wait for."""
         lines = []
         for block in self.blocks:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .faults import Misaligned, OutOfBounds, Race
-from .memory import UNSIGNED
+from .memory import UNSIGNED, column
 
 if TYPE_CHECKING:
     from .ptx import Instruction
@@ -23,44 +23,45 @@ if TYPE_CHECKING:
     from .warp import Warp
 
 BASE = 1024  # the address of the first byte; the first 1,024 belong to the system, as on sm_90
+BASE32 = np.uint32(BASE)
 
 
 class Shared:
-    """size: bytes of the block's allocation. granule: bytes of its narrowest access."""
+    """size: bytes of the block's allocation. granule: bytes of its narrowest access. by_proxy: whether wgmma reads it."""
 
-    def __init__(self, size: int, granule: int, warps: int, adversary: Adversary) -> None:
-        self.size, self.granule, self.adversary = size, granule, adversary
+    def __init__(self, size: int, granule: int, warps: int, by_proxy: bool, adversary: Adversary) -> None:
+        self.size, self.granule, self.by_proxy, self.adversary = size, granule, by_proxy, adversary
         flat = np.full((size + 15) // 16 * 16, adversary.poison & 255, np.uint8)
         self.views = {width: flat.view(kind) for width, kind in UNSIGNED.items()}
         self.memory = self.views[granule]
         count = flat.size // granule
         self.now = 1
-        self.read_at = np.zeros((warps, count), np.int32)
-        self.written_at = np.zeros((warps, count), np.int32)
+        self.used_at = [np.zeros(count, np.int32) for _ in range(warps)]
+        self.written_at = [np.zeros(count, np.int32) for _ in range(warps)]
         self.changed_at = np.zeros(count, np.int32)
         self.unfenced = np.zeros(count, np.int32)  # now * 64 + warp + 1 of an ordinary store that no fence has passed on
 
     def granules(self, site: Instruction, warp: Warp, address: np.ndarray, size: int) -> np.ndarray:
         """Indices [parts, lanes] of the granules of `size` bytes at each address."""
-        offset = address.astype(np.int64) - BASE
-        if (offset % size).any():
-            raise Misaligned(warp.report(site, f"{size} bytes at shared byte {int(offset[offset % size != 0][0])}"))
+        offset = address - BASE32  # below the first byte: a number too large
+        if int(np.bitwise_or.reduce(offset)) & (size - 1):
+            wrong = offset[offset % np.uint32(size) != 0][0].view(np.int32)
+            raise Misaligned(warp.report(site, f"{size} bytes at shared byte {wrong}"))
         return self.inside(site, warp, offset, size)
 
     def inside(self, site: Instruction, warp: Warp, offset: np.ndarray, size: int) -> np.ndarray:
-        if (offset < 0).any() or (offset + size > self.size).any():
-            wrong = offset[(offset < 0) | (offset + size > self.size)][0]
-            raise OutOfBounds(warp.report(site, f"{size} bytes at shared byte {int(wrong)} of {self.size}"))
-        parts = max(1, size // self.granule)
-        first = offset // self.granule
-        return first[None, :] if parts == 1 else first + np.arange(parts)[:, None]
+        if int(offset.max()) > self.size - size:
+            wrong = offset[offset > max(0, self.size - size)][0].astype(np.int32)
+            raise OutOfBounds(warp.report(site, f"{size} bytes at shared byte {wrong} of {self.size}"))
+        first = offset // offset.dtype.type(self.granule)
+        return first[None, :] if size <= self.granule else first + column(size // self.granule)
 
     def load(self, site: Instruction, warp: Warp, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """`count` elements of `width` bytes at each address -> [count, lanes]."""
         granules = self.granules(site, warp, address, width * count)
         self.check_read(site, warp, granules)
-        index = (address.astype(np.int64) - BASE) // width
-        return self.views[width][index + np.arange(count)[:, None]]
+        index = (address - BASE32) // np.uint32(width)
+        return self.views[width][index + column(count)]
 
     def store(self, site: Instruction, warp: Warp, address: np.ndarray, values: np.ndarray, width: int) -> None:
         """values [count, lanes] of `width` bytes; where lanes store to one address, any of them may win."""
@@ -70,29 +71,30 @@ class Shared:
 
     def write(self, site: Instruction, warp: Warp, granules: np.ndarray, new: np.ndarray) -> None:
         if self.adversary.last_lane_loses():
-            granules, new = granules[:, ::-1], new[:, ::-1]
+            granules, new = (np.ascontiguousarray(one[:, ::-1]) for one in (granules, new))
         self.check_write(site, warp, granules, self.memory[granules] != new)
         self.memory[granules] = new
 
     def check_read(self, site: Instruction, warp: Warp, granules: np.ndarray) -> None:
-        """Mark granules as read now; Race where another warp has just changed one."""
+        """Mark granules as used now; Race where another warp has just changed one."""
         changed = self.changed_at[granules] == self.now
-        if changed.any() and (changed & (self.written_at[warp.index, granules] != self.now)).any():
+        if np.count_nonzero(changed) and (changed & (self.written_at[warp.index][granules] != self.now)).any():
             raise Race(warp.report(site, "reads shared memory that another warp has stored, with no barrier between"))
-        self.read_at[warp.index, granules] = self.now
+        self.used_at[warp.index][granules] = self.now
 
     def check_write(self, site: Instruction, warp: Warp, granules: np.ndarray, changes: np.ndarray) -> None:
         """Mark granules as written now; Race where one changes that another warp has just read or written."""
-        if changes.any():
+        if np.count_nonzero(changes):
             touched = granules[changes]
-            for others in (self.read_at, self.written_at):
-                now = others[:, touched] == self.now
-                now[warp.index] = False
-                if now.any():
-                    raise Race(warp.report(site, "stores to shared memory that another warp uses, with no barrier between"))
+            for index, used_at in enumerate(self.used_at):
+                if index != warp.index and np.count_nonzero(used_at[touched] == self.now):
+                    what = "stores to shared memory that another warp uses, with no barrier between"
+                    raise Race(warp.report(site, what))
             self.changed_at[touched] = self.now
-        self.written_at[warp.index, granules] = self.now
-        self.unfenced[granules] = self.now * 64 + warp.index + 1
+        self.used_at[warp.index][granules] = self.now
+        self.written_at[warp.index][granules] = self.now
+        if self.by_proxy:
+            self.unfenced[granules] = self.now * 64 + warp.index + 1
 
     def fence_proxy(self, warp: Warp) -> None:
         """fence.proxy.async: what this warp has stored, or barriers have handed to it, is seen by the async proxy."""

@@ -74,6 +74,7 @@ class Code:
         self.source: dict[tuple[int, bool], str] = {}
         opcodes = {instruction.opcode for instruction in instructions}
         self.releases = any(".release" in opcode or ".acq_rel" in opcode for opcode in opcodes)
+        self.by_proxy = any(opcode.startswith("wgmma") for opcode in opcodes)
         self.global_granule = min([4, *(_width(o) for o in opcodes if re.match(r"st\.(\w+\.)*global", o))])
         self.shared_granule = min([4, *(_width(o) for o in opcodes if re.match(r"(ld|st)\.(\w+\.)*shared", o)), *(2 for o in opcodes if "matrix" in o or "wgmma" in o)])
         self.statics: dict[str, int] = {}
@@ -846,12 +847,12 @@ def _cp(e: _Emitter, i: Instruction) -> None:
     elif name == "cp.async.wait_all":
         e.line("w.copies.wait_all(w)")
     elif name == "cp.async.wait_group":
-        e.line(f"w.copies.wait(w, {int(i.operands[0].text)})")
+        e.line(f"w.copies.wait(w, {int(i.operands[0].text, 0)})")
     elif name in ("cp.async.ca", "cp.async.cg") and i.parts[3:5] == ("shared", "global"):
         target, source, size, *count = i.operands
         if e.masked:
             raise ValueError("cp.async by a part of a warp")
-        size = int(size.text)
+        size = int(size.text, 0)
         where, whence = e.address(target, "u32"), e.address(source, "u64")
         read = e.read(count[0], "u32") if count else f"np.full(32, {size}, np.uint32)"
         e.line(f"w.copy({e.site}, {where}, {whence}, {size}, {read}, {e.mask})")
@@ -917,7 +918,7 @@ def _wgmma(e: _Emitter, i: Instruction) -> None:
     elif name == "commit_group":
         e.line("w.products.commit()")
     elif name == "wait_group":
-        e.line(f"w.products.wait(w, {int(i.operands[0].text)})")
+        e.line(f"w.products.wait(w, {int(i.operands[0].text, 0)})")
     elif name == "mma_async":
         _wgmma_product(e, i)
     else:

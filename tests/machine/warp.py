@@ -57,17 +57,18 @@ class Warp:
 
     # Control
 
-    def run(self, burst: int) -> None:
-        """Up to `burst` segments."""
-        code = self.block.launch.code
-        while burst > 0 and self.state == RUNNING:
-            burst -= 1
+    def run(self, burst: int) -> int:
+        """Up to `burst` segments; how many it were."""
+        code, count = self.block.launch.code, 0
+        while count < burst and self.state == RUNNING:
+            count += 1
             # It stays where it is until a segment has ended: an error names it.
             self.at = code.segment(self.at, self.mask is not None)(self, self.registers)
             while self.splits and self.at == self.splits[-1].meet:
                 self._meet()
             if self.at == END:
                 self._end()
+        return count
 
     def branch(self, condition: np.ndarray, taken: int, otherwise: int, meet: int) -> int:
         """The segment to go on with; the warp splits where active lanes differ."""
