@@ -28,7 +28,7 @@ from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, 
 from .config import Config, Layout
 from .exchange import await_flags, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
-from .launch import Launcher, Recurrence, compute_dtype, run
+from .launch import Launcher, Recurrence, compute_dtype, wide_marks, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import load_moments, norm_backward, norm_gates_backward
 from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, zero_product
@@ -66,7 +66,7 @@ def lstm_backward_kernel(
     dc_0,  # [D, B, H]
     dc_reset,  # [D, B, H] or None
     lengths,  # [B] int32 or None
-    reset,  # [rows] uint8 or None
+    reset,  # [rows] int32 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
     peephole,  # [D, 3, H] or None: to i, f and o
     gain_hh,  # [D, 4, H] or None: without layer normalisation
@@ -142,9 +142,9 @@ def lstm_backward_kernel(
     exchanged = dproduct if NORM else dgates
     weights, w_hh = (), w_hh + direction.to(tl.int64) * (4 * H * H)
     if PLACEMENT == "local":
-        weights = gate_weights(w_hh, unit, H, BLOCK_H, SPLIT_K)
+        weights = gate_weights(w_hh, unit, H, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
     elif RESIDENT:
-        weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, True)
+        weights = resident_weights(w_hh, unit, H, True, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K)
     if RESIDENT and PLACEMENT != "stepwise":
         never = step_begin < 0
         dc = in_registers(weights, dc, never, dtype, compute, True, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
@@ -336,11 +336,10 @@ def lstm_backward(
         dc_reset = torch.zeros_like(dc_0) if reset_c is not None else None
     own = extras.gradients(dgates, dc_0, reset_c is not None)
     pairs = extras.pairs(layout, config, hidden_size, w_hh)
-    marks = None if reset is None else reset.view(torch.uint8)
     arguments = dict(
         dout=dout, dh_n=dh_n, dc_n=dc_n, dcells=dcells, dactivated=dactivated, gates=gates, cells=cells, c_0=c_0,
         reset_c=reset_c, w_hh=w_hh, dgates=dgates, dc_0=dc_0, dc_reset=dc_reset,
-        lengths=lengths, reset=marks, product=product, stats=stats, pairs=pairs,
+        lengths=lengths, reset=wide_marks(reset), product=product, stats=stats, pairs=pairs,
         grad_clip=extras.cell.grad_clip or None,
     )  # fmt: skip
     dproduct = own["dproduct"]

@@ -102,13 +102,14 @@ def compile_pass(
     cell: Cell = PLAIN_CELL,
     peephole: bool = False,
     norm: bool = False,
+    reset_state: bool = False,
 ) -> Any:
     """Triton's binary of one pass ("forward" or "backward") of a layer.
 
     lengths, reset, state: whether these optional inputs are given, the last with the gradients of
     h_n and c_n. layout: of the call whose first launch is compiled; by default any. order: as for the
     launchers. states: whether gradients of the saved gates and cells are given (backward). cell, peephole, norm:
-    variants of the cell, see `Extras`.
+    variants of the cell, see `Extras`. reset_state: whether the state that `reset` leads to is given, else it is zeros.
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
@@ -116,6 +117,7 @@ def compile_pass(
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
     sequence = torch.empty((layout.rows, directions, hidden_size), **meta)
     given = torch.empty((directions, layout.batch, hidden_size), **meta) if state else None
+    fresh = torch.empty((directions, layout.batch, hidden_size), **meta) if reset_state else None
     row_lengths = torch.empty((layout.batch,), dtype=torch.int32, device="meta") if lengths else None
     marks = torch.empty((layout.rows,), dtype=torch.bool, device="meta") if reset else None
     binaries: list[Any] = []
@@ -141,6 +143,7 @@ def compile_pass(
                 x, bias = torch.empty((layout.batch, hidden_size), **meta), torch.empty(w_hh.shape[:2], **meta)
                 options["projection"] = (x, w_hh, bias)
             pair = None if given is None else (given, given)
+            options["reset_state"] = (fresh, fresh) if fresh is not None else None
             lstm_forward(gates, w_hh, pair, layout, config, precision, save, **options)
         else:
             if states:
@@ -148,6 +151,7 @@ def compile_pass(
             if norm:
                 stats = torch.empty((layout.rows, directions, 4), dtype=torch.float32, device="meta")
                 options |= {"product": gates, "stats": stats}
+            options["reset_c"] = fresh
             tensors = (sequence, given, given, gates, sequence, w_hh, given)
             lstm_backward(*tensors, layout, config, precision, **options)
     return binaries[0]

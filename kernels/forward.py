@@ -26,7 +26,7 @@ from .cell import lstm_forward_step, lstm_output, zoneout
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
-from .launch import Launcher, Recurrence, compute_dtype, run
+from .launch import Launcher, Recurrence, compute_dtype, wide_marks, run
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import moments, norm_gates, store_moments
 from .product import in_registers, multiply, recurrent_product, resident_weights, zero_product
@@ -62,7 +62,7 @@ def lstm_forward_kernel(
     carry_h,  # [D, B, H] or None
     carry_c,  # [D, B, H] or None
     lengths,  # [B] int32 or None
-    reset,  # [rows] uint8 or None
+    reset,  # [rows] int32 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
     x,  # [B, I] or None
     w_ih,  # [D, 4H, I] or None
@@ -132,7 +132,7 @@ def lstm_forward_kernel(
     w_hh += direction.to(tl.int64) * (4 * H * H)
     weights = ()
     if RESIDENT:
-        weights = resident_weights(w_hh, unit, H, BLOCK_H, BLOCK_K, SPLIT_K, False)
+        weights = resident_weights(w_hh, unit, H, False, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K)
         if PLACEMENT != "stepwise":
             never = step_begin < 0
             c = in_registers(
@@ -302,10 +302,9 @@ def lstm_forward(
         carry = {"dtype": compute_dtype(w_hh.dtype), "memory_format": torch.contiguous_format, "copy": True}
         carry_h = torch.zeros_like(h_n, dtype=compute_dtype(w_hh.dtype)) if h_0 is None else h_0.to(**carry)
         carry_c = torch.zeros_like(carry_h) if c_0 is None else c_0.to(**carry)
-    marks = None if reset is None else reset.view(torch.uint8)
     arguments = dict(
         gates=gates, w_hh=w_hh, h_0=h_0, c_0=c_0, reset_h=reset_h, reset_c=reset_c, out=out, cells=cells, h_n=h_n,
-        c_n=c_n, carry_h=carry_h, carry_c=carry_c, lengths=lengths, reset=marks, x=x, w_ih=w_ih, bias=bias,
+        c_n=c_n, carry_h=carry_h, carry_c=carry_c, lengths=lengths, reset=wide_marks(reset), x=x, w_ih=w_ih, bias=bias,
         masked_h_0=masked_h_0, masked_reset_h=masked_reset_h, sent=sent, pairs=pairs, stats=stats, SAVE=save,
         INPUTS=0 if x is None else x.shape[1],
         ALIGNED=all(one is None or one.data_ptr() % 16 == 0 for one in (h_0, reset_h, masked_h_0, masked_reset_h))

@@ -23,6 +23,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide_marks(reset: torch.Tensor | None) -> torch.Tensor | None:
+    """Reset marks as the kernels read them: int32, for no load of theirs to be narrower than the data.
+
+    Triton lays out an operand of a dot by the narrowest load behind it; a byte asks for more depth than a small operand
+    has, and the product is wrong: see perf/NOTES.md.
+    """
+    return None if reset is None else reset.to(torch.int32)
+
+
 def is_interpreted(kernel: Any) -> bool:
     """Whether Triton runs this kernel in its interpreter (TRITON_INTERPRET=1 when it was defined)."""
     return not isinstance(kernel, triton.runtime.JITFunction)

@@ -38,32 +38,49 @@ def depth_of(chunk, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w_hh, unit, k, H: tl.constexpr, DEPTH: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr):
-    """The chunk `k` of the weights of `unit` [BLOCK_H] as it lies in W_hh [4H, H], or forward in any [4H, DEPTH].
-
-    [.., K, width]; forward the width runs over (unit, gate) with gate fastest.
-    """
-    k = tl.expand_dims(k, -1)
-    if BACKWARD:
-        return tl.load(w_hh + k * H + unit, mask=(k < 4 * H) & (unit < H), other=0.0)
-    else:
-        lane = tl.arange(0, 4 * BLOCK_H)
-        row_unit = tl.min(unit, axis=0) + lane // 4
-        row = (lane % 4) * H + row_unit
-        return tl.load(w_hh + row * DEPTH + k, mask=(row_unit < H) & (k < DEPTH), other=0.0)
-
-
-@triton.jit
 def swapped(tile):
     """The last two axes of a tile, or of every slice of one, changed for each other."""
     return tl.trans(tile) if len(tile.shape) == 2 else tl.permute(tile, (0, 2, 1))
 
 
 @triton.jit
+def load_weights(
+    w_hh,
+    unit,
+    k,
+    H: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The chunk `k` of the weights of `unit` [BLOCK_H] in W_hh [4H, H], or forward in any [4H, DEPTH].
+
+    [.., K, width], or [.., width, K] with UNITS_FIRST; forward the width runs over (unit, gate) with gate fastest.
+    """
+    # wgmma may misread an operand that was transposed, see perf/NOTES.md: its weights are loaded as they are multiplied.
+    # Those of mma.sync are not: transposing them is what lets the compiler keep them in registers.
+    WGMMA: tl.constexpr = UNITS_FIRST and not BACKWARD and BLOCK_B >= 16 and len(k.shape) == 1
+    if not WGMMA:
+        k = tl.expand_dims(k, -1)
+    if BACKWARD:
+        w = tl.load(w_hh + k * H + unit, mask=(k < 4 * H) & (unit < H), other=0.0)
+    else:
+        lane = tl.arange(0, 4 * BLOCK_H)
+        if WGMMA:
+            lane = lane[:, None]
+        row_unit = tl.min(unit, axis=0) + lane // 4
+        row = (lane % 4) * H + row_unit
+        w = tl.load(w_hh + row * DEPTH + k, mask=(row_unit < H) & (k < DEPTH), other=0.0)
+    return swapped(w) if UNITS_FIRST and not WGMMA else w
+
+
+@triton.jit
 def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc += the product of the tile and the weights [.., K, width]."""
+    """acc += the product of the tile and the weights, each as it is loaded."""
     if UNITS_FIRST:
-        return tl.dot(swapped(w), tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return tl.dot(w, tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     else:
         return tl.dot(tile, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -83,28 +100,38 @@ def resident_weights(
     w_hh,
     unit,
     H: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BACKWARD: tl.constexpr,
 ):
     """Every chunk of this program's weights, as a tuple."""
     DEPTH: tl.constexpr = 4 * H if BACKWARD else H
     weights = ()
     for chunk in tl.static_range((DEPTH + BLOCK_K - 1) // BLOCK_K):
         k = depth_of(chunk, BLOCK_K, SPLIT_K)
-        weights = weights + (load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD),)
+        weights = weights + (load_weights(w_hh, unit, k, H, DEPTH, BACKWARD, UNITS_FIRST, BLOCK_B, BLOCK_H),)
     return weights
 
 
 @triton.jit
-def gate_weights(w_hh, unit, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Backward weights of a program that owns every unit: [SPLIT_K, .., BLOCK_H], slices as `stack_gates` has them."""
+def gate_weights(
+    w_hh,
+    unit,
+    H: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Backward weights of a program that owns every unit, slices as `stack_gates` has them."""
     PARTS: tl.constexpr = SPLIT_K // 4
     slice = tl.arange(0, SPLIT_K)[:, None]
     lane = (slice % PARTS) * (BLOCK_H // PARTS) + tl.arange(0, BLOCK_H // PARTS)[None, :]
     k = tl.where(lane < H, (slice // PARTS) * H + lane, 4 * H)  # 4H and up is masked
-    return (load_weights(w_hh, unit, k, H, 4 * H, BLOCK_H, True),)
+    return (load_weights(w_hh, unit, k, H, 4 * H, True, UNITS_FIRST, BLOCK_B, BLOCK_H),)
 
 
 @triton.jit
@@ -229,7 +256,7 @@ def recurrent_product(
     else:
         for chunk in range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
-            w = load_weights(w_hh, unit, k, H, DEPTH, BLOCK_H, BACKWARD)
+            w = load_weights(w_hh, unit, k, H, DEPTH, BACKWARD, UNITS_FIRST, BLOCK_B, BLOCK_H)
             tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
             acc = multiply(tile, w, acc, UNITS_FIRST, PRECISION)
     if SPLIT_K > 1:
