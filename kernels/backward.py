@@ -28,7 +28,7 @@ from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, 
 from .config import Config, Layout
 from .exchange import await_flags, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
-from .launch import Launcher, Recurrence, compute_dtype, wide_marks, run
+from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import load_moments, norm_backward, norm_gates_backward
 from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, zero_product

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 
 from .backward import lstm_backward
@@ -24,7 +25,7 @@ from .config import PLAIN_CELL, Cell, Config, Layout
 from .extras import Extras
 from .forward import lstm_forward
 from .launch import Recurrence
-from .listing import Loop, copied_tiles, time_loop
+from .listing import Loop, copied_tiles, misread_operands, time_loop
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Report:
     registers: per thread. spills: bytes of stack per thread (NVIDIA) or spilled vector registers
     (AMD). shared: bytes per program. matrix_instructions: in the source text of the binary, by
     kind (wgmma, mma, tcgen05, mfma); a loop body counts once. loop: the machine's instructions in the time loop.
-    copied_tiles: must be 0, see listing.py. asm: PTX or AMDGCN.
+    copied_tiles, misread_operands: must be 0, see listing.py. asm: PTX or AMDGCN.
     """
 
     registers: int
@@ -43,6 +44,7 @@ class Report:
     matrix_instructions: dict[str, int]
     loop: Loop
     copied_tiles: int
+    misread_operands: int
     asm: str
 
 
@@ -70,6 +72,43 @@ class _Driver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """In place of a binary where a compilation stops before the target's own code: the texts so far."""
+
+    asm: dict[str, str]
+
+
+@contextlib.contextmanager
+def stopping_at_layouts(kernel: Any) -> Iterator[None]:
+    """Within the block this kernel's compilations are `Lowered`, and end with the last text that names layouts."""
+
+    def lower(
+        key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> Any:
+        target, backend = kernel.device_caches[device][2:4]
+        source = kernel.ASTSource(kernel, signature, constants, attributes)
+        options = backend.parse_options(options.__dict__ | source.parse_options())
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, source.language)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions = backend.get_codegen_implementation(options), backend.get_module_map()
+        module, metadata = source.make_ir(target, options, *functions, context), {"target": target, **options.__dict__}
+        texts = {}
+        for stage in ("ttir", "ttgir"):
+            module = stages[stage](module, metadata)
+            texts[stage] = str(module)
+        return Lowered(texts)
+
+    kernel._do_compile = lower  # before it: Triton's keys; after it: its cache, which knows nothing of this
+    try:
+        yield
+    finally:
+        del kernel._do_compile
 
 
 @contextlib.contextmanager
@@ -103,6 +142,7 @@ def compile_pass(
     peephole: bool = False,
     norm: bool = False,
     reset_state: bool = False,
+    layouts_only: bool = False,
 ) -> Any:
     """Triton's binary of one pass ("forward" or "backward") of a layer.
 
@@ -110,6 +150,7 @@ def compile_pass(
     h_n and c_n. layout: of the call whose first launch is compiled; by default any. order: as for the
     launchers. states: whether gradients of the saved gates and cells are given (backward). cell, peephole, norm:
     variants of the cell, see `Extras`. reset_state: whether the state that `reset` leads to is given, else it is zeros.
+    layouts_only: to stop at what `copied_tiles` and `misread_operands` look at; no binary then, but `Lowered`.
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
     meta = {"dtype": dtype, "device": "meta"}
@@ -124,7 +165,8 @@ def compile_pass(
 
     def launch(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
         grid, shared = next(recurrence.calls(nvidia=arch.startswith("sm_")))
-        binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
+        with stopping_at_layouts(kernel) if layouts_only else contextlib.nullcontext():
+            binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
     extras = Extras(
         cell,
@@ -183,6 +225,7 @@ def _nvidia_report(binary: Any) -> Report:
         {kind: count for kind, text in kinds.items() if (count := ptx.count(text))},
         time_loop(listing),
         copied_tiles(binary.asm["ttgir"]),
+        misread_operands(binary.asm["ttgir"]),
         ptx,
     )
 
@@ -204,5 +247,6 @@ def _amd_report(binary: Any) -> Report:
         {"mfma": mfma} if mfma else {},
         time_loop(asm),
         copied_tiles(binary.asm["ttgir"]),
+        misread_operands(binary.asm["ttgir"]),
         asm,
     )

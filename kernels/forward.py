@@ -26,7 +26,7 @@ from .cell import lstm_forward_step, lstm_output, zoneout
 from .config import Config, Layout
 from .exchange import await_flags, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
-from .launch import Launcher, Recurrence, compute_dtype, wide_marks, run
+from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import moments, norm_gates, store_moments
 from .product import in_registers, multiply, recurrent_product, resident_weights, zero_product

@@ -1,4 +1,5 @@
-"""What the compiler's texts say of a kernel: machine instructions of a step by name, tiles that threads load twice."""
+"""What the compiler's texts say of a kernel: machine instructions of a step by name, tiles that threads load twice,
+operands that a matrix unit does not find where they lie."""
 
 from __future__ import annotations
 
@@ -82,3 +83,63 @@ def copied_tiles(ttgir: str) -> int:
         covered = [math.prod(axis) for axis in zip(*(map(int, one.split(",")) for one in factors))]
         found += len(sizes) > 1 and (not covered or any(c > s for c, s in zip(covered, sizes)))
     return found
+
+
+def misread_operands(ttgir: str) -> int:
+    """How many operands of dots the matrix unit would read wrongly; perf/NOTES.md has both ways in which it does.
+
+    The rules are those of Triton's own layouts, which only newer versions give away; a test compares them. Of a layout
+    that is not understood the worst is assumed.
+    """
+    layouts = {
+        name: (kind, dict(re.findall(r"(\w+) = (\[[\d, ]*\]|\w+)", fields)))
+        for name, kind, fields in re.findall(r"^(#\w+) = #ttg\.(\w+)<\{(.*?)\}>", ttgir, re.MULTILINE)
+    }
+    operand = r"tensor<([\dx]+)x\w+, #ttg\.dot_op<\{opIdx = (\d), parent = (#\w+), kWidth = (\d+)\}>>"
+    memory = r"!ttg\.memdesc<([\dx]+)x\w+, (#\w+)"
+    found = 0
+    for line in ttgir.splitlines():
+        if re.search(r"= (?:tt\.dot|ttng\.warp_group_dot) ", line):
+            for shape, index, parent, width in re.findall(operand, line):
+                depth = _numbers(shape)[-1 if index == "0" else -2]
+                found += not _fits_depth(depth, int(width), *layouts.get(parent, ("", {})))
+        elif joined := re.search(rf"= ttg\.memdesc_trans .*: {memory}.*-> {memory}", line):
+            shape, before, _, after = joined.groups()
+            found += not _transposes(_numbers(shape), layouts.get(before), layouts.get(after))
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _fits_depth(depth: int, width: int, kind: str, fields: dict[str, str]) -> bool:
+    """Whether the threads that share a row of an operand, with `width` neighbours each, find that much depth.
+
+    Else some hold copies of what others hold, in place of the rest of the depth.
+    """
+    shape = _numbers(fields.get("instrShape", ""))
+    if kind == "nvidia_mma":
+        return 4 * width <= depth
+    if kind == "amd_mfma":
+        return 64 // shape[0] * width <= depth
+    return False
+
+
+def _transposes(
+    shape: list[int], before: tuple[str, dict[str, str]] | None, after: tuple[str, dict[str, str]] | None
+) -> bool:
+    """Whether shared memory that was written as `before` lies, its axes changed for each other, as `after` says."""
+    if before is None or after is None or before[0] != after[0]:
+        return False
+    (kind, fields), (_, others) = before, after
+    turned = {"nvmma_shared": "transposed", "swizzled_shared": "order"}.get(kind)
+    if turned is None or {**fields, turned: ""} != {**others, turned: ""}:
+        return False
+    if kind == "swizzled_shared":  # one formula for every extent
+        return True
+    # Blocks of a swizzled row by 256 rows at most; what is left of the two axes follows in an order that does not turn.
+    # Without swizzling blocks are so small that some always is.
+    rows, columns = shape[::-1] if fields["transposed"] == "true" else shape
+    swizzled = 8 * int(fields["swizzlingByteWidth"]) // int(fields["elementBitWidth"])
+    return swizzled > 0 and (rows <= 256 or columns <= swizzled)

@@ -59,7 +59,7 @@ def load_weights(
 
     [.., K, width], or [.., width, K] with UNITS_FIRST; forward the width runs over (unit, gate) with gate fastest.
     """
-    # wgmma may misread an operand that was transposed, see perf/NOTES.md: its weights are loaded as they are multiplied.
+    # A transposed operand of wgmma may be misread, see perf/NOTES.md: its weights are loaded as they are multiplied.
     # Those of mma.sync are not: transposing them is what lets the compiler keep them in registers.
     WGMMA: tl.constexpr = UNITS_FIRST and not BACKWARD and BLOCK_B >= 16 and len(k.shape) == 1
     if not WGMMA:

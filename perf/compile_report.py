@@ -71,7 +71,7 @@ class Row:
     @property
     def ok(self) -> bool:
         report = self.report
-        if report is None or report.spills or report.copied_tiles:
+        if report is None or report.spills or report.copied_tiles or report.misread_operands:
             return False
         return report.shared <= self.job.device.shared_memory
 
@@ -91,8 +91,8 @@ class Row:
         return (
             f"{head}  registers={report.registers} spills={report.spills} "
             f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop.instructions} matrix: {matrix}"
-            + " tiles loaded in copies"
-            * bool(report.copied_tiles)
+            + " tiles loaded in copies" * bool(report.copied_tiles)
+            + " operands misread" * bool(report.misread_operands)
         )
 
     def record(self) -> dict:

@@ -47,6 +47,7 @@ def test_default_plans_do_not_spill_and_fit(rows: list[dict]) -> None:
     for row in rows:
         assert row["report"]["spills"] == 0, row
         assert row["report"]["copied_tiles"] == 0, row
+        assert row["report"]["misread_operands"] == 0, row
         assert row["report"]["shared"] <= row["device"]["shared_memory"], row
 
 

@@ -153,6 +153,8 @@ def _complaint(config: Config, problem: Problem, device: Device) -> str:
         return f"spills {report.spills} bytes"
     if report.copied_tiles:
         return "has threads load copies of a tile that others publish"
+    if report.misread_operands:
+        return "has an operand that the matrix unit would misread"
     if report.shared > device.shared_memory:
         return f"needs {report.shared} bytes of shared memory, there are {device.shared_memory}"
     return ""
