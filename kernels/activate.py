@@ -60,7 +60,7 @@ def activate_kernel(
     w_co = None
     if peephole is not None:
         w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, False)
-    i, f, g, o, _ = lstm_forward_step(a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED)
+    i, f, g, o, _ = lstm_forward_step(a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, False)
     store_gates(gates, offset, owned, i, f, g, o, H)
 
 

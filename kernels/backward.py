@@ -24,7 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
+from .cell import (
+    candidate,
+    clipped,
+    lstm_backward_step,
+    lstm_output_backward,
+    rounded_product,
+    zoneout_backward,
+)
 from .config import Config, Layout
 from .exchange import await_flags, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
@@ -222,7 +229,7 @@ def lstm_backward_kernel(
         dc_new, dc_kept = zoneout_backward(dc, keep_c, SAMPLED)
         raw, c_new = c, c
         if cell_clip is not None or zoneout_c is not None:
-            raw = candidate(i, f, g, c_prev, g_scale)
+            raw = candidate(i, f, g, c_prev, g_scale, NORM)
             c_new = clipped(raw, cell_clip)
         seen = c_new
         if NORM:
@@ -238,8 +245,8 @@ def lstm_backward_kernel(
             dgain_c += dseen * normed
             dbias_c += dseen
             (dseen,) = norm_backward(
-                (dseen * gain_c,), (normed,), rstd_c, owned, hidden_tile, own_pairs, in_batch, flags, published + 1, H,
-                BLOCK_H, UNITS_FIRST, PROTOCOL,
+                (rounded_product(dseen, gain_c),), (normed,), rstd_c, owned, hidden_tile, own_pairs, in_batch, flags,
+                published + 1, H, BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         dc_new += dseen
         di = None

@@ -5,8 +5,8 @@ type (fp32, or fp64 under the interpreter) and of one shape; the functions do no
 
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
 binary: w_ci, w_cf, w_co, the peephole weights of each unit; g_scale, the mask on the candidate; cell_clip and
-grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell hands in what `norm.py` has made of its pre-activations,
-and normalises c_t before `lstm_output`. `reference.py` states the same in plain PyTorch, with sources.
+grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its
+pre-activations, and normalises c_t before `lstm_output`. `reference.py` states the same in plain PyTorch, with sources.
 """
 
 import triton
@@ -19,6 +19,31 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def has_ptx():
     """Whether the kernel becomes PTX: not in the interpreter, nor on AMD."""
     return not triton.knobs.runtime.interpret and tl.target_info.is_cuda()
+
+
+@triton.constexpr_function
+def has_gcn():
+    """Whether it becomes AMD's machine code."""
+    return not triton.knobs.runtime.interpret and tl.target_info.is_hip()
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before anything is added to it.
+
+    The compiler fuses a plain product with a sum that it goes into. Of two lanes that add their products up, each would
+    then round only the other's; and of a difference from the rounded product the rounding itself would be left.
+    """
+    if has_ptx() and a.dtype == tl.float32:
+        # What has an explicit .rn is never contracted (PTX manual).
+        asm: tl.constexpr = "mul.rn.f32 $0, $1, $2;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    elif has_gcn() and a.dtype == tl.float32:
+        # LLVM does not look into it.
+        asm: tl.constexpr = "v_mul_f32 $0, $1, $2"
+        return tl.inline_asm_elementwise(asm, "=v,v,v", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return a * b
 
 
 @triton.jit
@@ -66,15 +91,21 @@ def clipped(x, bound):
 
 
 @triton.jit
-def candidate(i, f, g, c_prev, g_scale):
+def candidate(i, f, g, c_prev, g_scale, NORM: tl.constexpr):
     """The new cell state, before it is clipped."""
     if g_scale is not None:
         g = g * g_scale
-    return f * c_prev + i * g
+    if NORM:
+        # The backward pass subtracts the forward pass's mean from it: the same product is fused in both.
+        return tl.fma(f, c_prev, i * g)
+    else:
+        return f * c_prev + i * g
 
 
 @triton.jit
-def lstm_forward_step(a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr):
+def lstm_forward_step(
+    a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
     """Pre-activations and c_{t-1} -> activated gates i, f, g, o and the new c_t."""
     if w_ci is not None:
         a_i += w_ci * c_prev
@@ -82,7 +113,7 @@ def lstm_forward_step(a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cel
     i = sigmoid(a_i)
     f = 1.0 - i if COUPLED else sigmoid(a_f)
     g = tanh(a_g)
-    c = clipped(candidate(i, f, g, c_prev, g_scale), cell_clip)
+    c = clipped(candidate(i, f, g, c_prev, g_scale, NORM), cell_clip)
     if w_co is not None:
         a_o += w_co * c
     o = sigmoid(a_o)

@@ -220,7 +220,7 @@ def lstm_forward_kernel(
                 step * PUBLISHED + 1, H, COUPLED, BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         i, f, g, o, c_new = lstm_forward_step(
-            a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED
+            a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, NORM
         )
         seen = c_new
         if NORM:

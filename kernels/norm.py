@@ -11,6 +11,7 @@ tuple of them.
 import triton
 import triton.language as tl
 
+from .cell import rounded_product
 from .exchange import share
 from .tiles import per_row
 
@@ -48,15 +49,15 @@ def moments(
     squares = tl.zeros_like(total)
     for k in tl.static_range(SIZES):
         off = tl.where(owned, tiles[k] - per_row(mean, UNITS_FIRST), 0.0)
-        squares += over_units(off * off, UNITS_FIRST)
+        squares += over_units(rounded_product(off, off), UNITS_FIRST)
     if TILES > 1:
         means, of_squares = share(mean, squares, pairs, in_batch, hidden_tile, flags, count, TILES, PROTOCOL)
         tile = tl.arange(0, means.shape[1])
         counts = tl.maximum(tl.minimum(H - tile * BLOCK_H, BLOCK_H), 0) * SIZES
         counts = counts.to(total.dtype)[None, :]
-        mean = tl.sum(means * counts, axis=1) / (H * SIZES)
+        mean = tl.sum(rounded_product(means, counts), axis=1) / (H * SIZES)
         off_mean = means - mean[:, None]
-        squares = tl.sum(of_squares + counts * off_mean * off_mean, axis=1)
+        squares = tl.sum(of_squares + rounded_product(counts * off_mean, off_mean), axis=1)
     return mean, 1.0 / tl.sqrt(squares / (H * SIZES) + EPS)
 
 
@@ -95,10 +96,10 @@ def norm_backward(
     SIZES: tl.constexpr = len(d)
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     first = over_units(tl.where(owned, d[0], 0.0), UNITS_FIRST)
-    second = over_units(tl.where(owned, d[0] * normed[0], 0.0), UNITS_FIRST)
+    second = over_units(tl.where(owned, rounded_product(d[0], normed[0]), 0.0), UNITS_FIRST)
     for k in tl.static_range(1, SIZES):
         first += over_units(tl.where(owned, d[k], 0.0), UNITS_FIRST)
-        second += over_units(tl.where(owned, d[k] * normed[k], 0.0), UNITS_FIRST)
+        second += over_units(tl.where(owned, rounded_product(d[k], normed[k]), 0.0), UNITS_FIRST)
     if TILES > 1:
         firsts, seconds = share(first, second, pairs, in_batch, hidden_tile, flags, count, TILES, PROTOCOL)
         first, second = tl.sum(firsts, axis=1), tl.sum(seconds, axis=1)
@@ -136,7 +137,8 @@ def norm_gates_backward(
     # What was saved beyond a row's length may be a NaN, and sums over units would keep it.
     n_i, n_f = tl.where(live, (z_i - shift) * scale, 0.0), tl.where(live, (z_f - shift) * scale, 0.0)
     n_g, n_o = tl.where(live, (z_g - shift) * scale, 0.0), tl.where(live, (z_o - shift) * scale, 0.0)
-    d_i, d_f, d_g, d_o = d_i * gain_i, d_f * gain_f, d_g * gain_g, d_o * gain_o
+    d_i, d_f = rounded_product(d_i, gain_i), rounded_product(d_f, gain_f)
+    d_g, d_o = rounded_product(d_g, gain_g), rounded_product(d_o, gain_o)
     d = (d_i, d_g, d_o) if COUPLED else (d_i, d_f, d_g, d_o)
     normed = (n_i, n_g, n_o) if COUPLED else (n_i, n_f, n_g, n_o)
     found = norm_backward(

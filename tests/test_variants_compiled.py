@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import backward_of
 from lstm_triton.kernels import activate, backward, forward, masks
 from lstm_triton.kernels import compile as compiler
-from lstm_triton.kernels.config import Cell, Layout, chance
+from lstm_triton.kernels.config import Cell, Config, Layout, chance
 from lstm_triton.kernels.extras import Extras
-from planted import prune
+from planted import plant, prune
 
 from lstm_triton.device import KNOWN
 from lstm_triton.planner import plan
@@ -67,6 +68,81 @@ def test_variants_that_are_off_leave_nothing_in_the_binary(
     # The test can fail: a variant that is on does change it.
     on = code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, cell=Cell(cell_clip=1.0)))
     assert on != ours
+
+
+NORMED = {"layer_norm": {}, "everything": dict(peephole=True, cell=Cell(True, *(chance(0.1),) * 5, 3.0, 10.0))}
+PLACED = {
+    "local": Config("local", "none", True, False, 1, 16, 32, 32, 4),
+    "mailbox": Config("grid", "mailbox", True, True, 1, 16, 16, 32, 4),
+    "flags": Config("grid", "flags", True, False, 4, 16, 16, 64, 4),
+}
+
+
+def sums_of_plain_products(ttir: str) -> tuple[int, list[str]]:
+    """How many sums over an axis there are, and those whose addends are products that may be fused with the sum."""
+    made = {m[1]: (m[2], m[3]) for m in re.finditer(r'(%[\w#]+)(?::\d+)? = "?([\w.]+)"?(.*)', ttir)}
+    sums = re.findall(r'"tt.reduce"\((%\w+)\)(?:(?!tt.reduce.return)[\s\S])*?arith.addf', ttir)
+    through = {"arith.select": 1, "tt.reshape": 0, "tt.expand_dims": 0, "tt.broadcast": 0}  # which operand
+    wrong = []
+    for addend in sums:
+        op, operands = made.get(addend, ("", ""))
+        while op in through:
+            op, operands = made.get(re.findall(r"%[\w#]+", operands)[through[op]], ("", ""))
+        if op == "arith.mulf":
+            wrong.append(addend)
+    return len(sums), wrong
+
+
+def fused_into_shuffled_sums(ptx: str) -> tuple[int, list[str]]:
+    """How many sums of two lanes there are, and those that are fused with a product, or that ptxas could fuse."""
+    written: dict[str, str] = {}
+    shuffled: set[str] = set()
+    found, wrong = 0, []
+    for op, operands in re.findall(r"^\s*(?:@%p\d+ )?([a-z][\w.]*)\s+(.*?);", ptx, re.MULTILINE):
+        to, *sources = re.split(r"[,|]\s*", operands)
+        written[to] = op
+        if op.startswith("shfl.sync.bfly") or (op == "mov.b32" and sources[0] in shuffled):
+            shuffled.add(to)
+        elif shuffled & set(sources) and op.startswith(("add.f32", "fma")):
+            found += 1
+            if op != "add.f32" or any(written.get(source) == "mul.f32" for source in sources):
+                wrong.append(f"{op} {operands}")
+    return found, wrong
+
+
+@pytest.mark.parametrize(
+    ("arch", "placed", "variant"),
+    [
+        ("sm_80", "local", "layer_norm"),
+        ("sm_80", "mailbox", "everything"),
+        ("sm_90", "local", "everything"),
+        ("sm_90", "mailbox", "layer_norm"),
+        ("sm_90", "flags", "layer_norm"),
+    ],
+)
+@pytest.mark.parametrize("which", PASSES)
+def test_sums_of_layer_normalisation_are_the_same_in_every_lane(which, variant, placed, arch) -> None:
+    """What two lanes add to each other has been rounded in both."""
+    config = backward_of(PLACED[placed]) if which == "backward" else PLACED[placed]
+    binary = compiler.compile_pass(which, config, arch, 32, torch.float32, norm=True, **NORMED[variant])
+    for found, wrong in (sums_of_plain_products(binary.asm["ttir"]), fused_into_shuffled_sums(binary.asm["ptx"])):
+        assert found > 1
+        assert not wrong
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_a_plain_product_would_be_noticed(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    condition = "if has_ptx() and a.dtype == tl.float32:\n        # What has"
+    cell = plant(tmp_path, "cell", (condition, condition.replace("if has_ptx()", "if False")))
+    change = ("from .cell import", f"from .{cell.__name__.rpartition('.')[2]} import")
+    norm = plant(tmp_path, "norm", change)
+    module = plant(tmp_path, which, change, ("from .norm import", f"from .{norm.__name__.rpartition('.')[2]} import"))
+    monkeypatch.setattr(compiler, f"lstm_{which}", getattr(module, f"lstm_{which}"))
+    config = backward_of(PLACED["local"]) if which == "backward" else PLACED["local"]
+    binary = compiler.compile_pass(which, config, "sm_80", 32, torch.float32, norm=True)
+    assert sums_of_plain_products(binary.asm["ttir"])[1]
+    if which == "forward":  # backward a mask stands between the product and its sum, which keeps them apart
+        assert fused_into_shuffled_sums(binary.asm["ptx"])[1]
 
 
 def test_default_plans_of_variants_do_not_spill_and_fit(tmp_path: Path) -> None:
