@@ -15,6 +15,7 @@
 #   sanitizer  compute-sanitizer's memcheck and racecheck on gpu tests of single launches
 # Needs only python3 with torch, triton, pytest, hypothesis, matplotlib and tqdm: the package is laid out in a
 # temporary folder, nothing is installed. With pytest-xdist tests compile side by side. LSTM_TRITON_COMMIT names the commit where there is no git.
+# LSTM_TRITON_LIMITS=off lets everything run to its end: for a rehearsal, whose machine may be slow or have other work.
 set -euo pipefail
 [[ $# -eq 2 || ( $# -eq 3 && $3 =~ ^[1-9][0-9]*$ ) ]] || { echo "usage: perf/on_gpu.sh STAGE FOLDER [SECONDS]" >&2; exit 2; }
 stage=$1 seconds=${3:-}
@@ -23,11 +24,16 @@ out=$(cd "$2" && pwd)
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-cp -r lstm_triton "$site/" && cp -r kernels "$site/lstm_triton/kernels"
+python=${PYTHON:-python3}
+# Without __pycache__, where files come and go while another process imports.
+copy() { "$python" -c "import shutil, sys; shutil.copytree(*sys.argv[1:], ignore=lambda *_: ['__pycache__'])" "$@"; }
+copy lstm_triton "$site/lstm_triton"
+copy kernels "$site/lstm_triton/kernels"
 # Without PYTHONSAFEPATH the checkout itself, which has no kernels inside lstm_triton/, would be imported.
 export PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD/perf" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out"
-python=${PYTHON:-python3}
-limited() { timeout --signal INT --kill-after 20 "$@"; }  # an interrupted sweep keeps its rows
+limited() {  # an interrupted sweep keeps its rows
+  if [[ ${LSTM_TRITON_LIMITS:-on} == off ]]; then "${@:2}"; else timeout --signal INT --kill-after 20 "$@"; fi
+}
 parallel=()
 if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi
 gpu_tests() {

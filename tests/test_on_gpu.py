@@ -1,4 +1,4 @@
-"""The stages for a GPU: wrong arguments, and a rehearsal with nothing installed, on this machine's CPU."""
+"""The stages for a GPU: wrong arguments, limits, and a rehearsal with nothing installed, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -23,6 +23,34 @@ def test_the_stages_refuse_wrong_arguments(arguments: list[str], tmp_path: Path)
     assert "usage:" in done.stderr or "no stage nonsense" in done.stderr
 
 
+STAGES = ["first", "tests", "drop-in", "variants", "steps", "small", "home", "open", "users", "scaling", "tune", "peers",
+          "soak", "sanitizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", ["on", "off"])
+def test_every_command_has_a_limit_unless_they_are_off(limits: str, tmp_path: Path) -> None:
+    """With commands that only note in what limit they were called; a stage's limits are 8 minutes at most."""
+    noted = tmp_path / "noted"
+    note = f'echo "${{LIMIT:-none}}" >> {noted}; exit 7'
+    for name, text in {
+        "timeout": 'LIMIT=$5; export LIMIT; shift 5; exec "$@"',
+        "python": f'[ "$1" = -c ] && exec {sys.executable} "$@"; {note}',
+        "compute-sanitizer": note,
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LSTM_TRITON_LIMITS": limits}
+    environment["PYTHON"] = str(tmp_path / "python")
+    environment.pop("LIMIT", None)
+    for stage in STAGES:
+        command = ["bash", str(PERF / "on_gpu.sh"), stage, str(tmp_path / "out")]
+        assert subprocess.run(command, env=environment, capture_output=True).returncode == 7, stage
+        found = noted.read_text().split()
+        noted.unlink()
+        assert limits == "on" or set(found) == {"none"}
+        assert limits == "off" or sum(map(int, found)) <= 480
+
+
 @pytest.mark.parametrize("stage", ["home", "tune", "first"])
 def test_a_stage_runs_with_nothing_installed(stage: str, tmp_path: Path) -> None:
     """A sweep with cold starts, and tuning, from a package laid out by the script itself, on this machine's CPU."""
@@ -44,7 +72,7 @@ def test_a_stage_runs_with_nothing_installed(stage: str, tmp_path: Path) -> None
     text = text.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"')
     script = tmp_path / "on_gpu.sh"
     script.write_text(text)
-    environment = {**os.environ, "PYTHON": str(python), "LSTM_TRITON_COMMIT": "abc"}
+    environment = {**os.environ, "PYTHON": str(python), "LSTM_TRITON_COMMIT": "abc", "LSTM_TRITON_LIMITS": "off"}
     environment.pop("TRITON_INTERPRET", None)
     command = ["bash", str(script), stage, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
