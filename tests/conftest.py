@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import hypothesis
 import pytest
 from engines import INTERPRETED, TARGETS, Engine, is_chosen
 
@@ -16,6 +19,12 @@ COMPILED = ("aot", "machine", "gpu")  # what needs compiled kernels, and so a pr
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="compiled code on every target, by more seeds and plans")
+
+# The same draws in every run, however long they take.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,6 +89,14 @@ def own_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
+def clock_of_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search's deadline is a number of configs: its clock goes on by one for each."""
+    from lstm_triton.tuning import search
+
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=itertools.count(1).__next__))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from lstm_triton.kernels.config import Config
+from processes import FOREVER, side_by_side
 from test_table import BOUT, CONFIG, H100, PROBLEM, table
 
 from lstm_triton import routing
@@ -35,6 +35,7 @@ TINY = Problem("forward", 16, 2, 1, "float32", "ieee")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LSTM_TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(first_call, "_TRIED", set())
+    monkeypatch.setattr(first_call, "SECONDS", math.inf)
     monkeypatch.setattr(search, "REPEAT", 1)
     monkeypatch.setattr(store, "_IN_USE", {})
     store._found.cache_clear()
@@ -155,13 +156,16 @@ def test_a_foreign_table_is_left_alone_by_tuning(caplog) -> None:
     assert bucket_of(PROBLEM) in store.active_table(H100).entries
 
 
-RANK = """
-import sys
+RANK = f"""
+import datetime, os, sys
 import torch.distributed as dist
 from lstm_triton.device import KNOWN
 from lstm_triton.tuning import store
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+rank, forever = int(sys.argv[1]), datetime.timedelta(seconds={FOREVER})
+os.environ["LSTM_TRITON_CACHE_DIR"] = sys.argv[3]
+meeting = dist.FileStore(sys.argv[2], 2)
+meeting.set_timeout(forever)
+dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=forever)
 if rank == 1:
     dist.barrier()  # the other asks first
 table = store.active_table(KNOWN["sm_90"])
@@ -175,21 +179,15 @@ dist.destroy_process_group()
 
 def test_all_ranks_use_one_table(tmp_path: Path) -> None:
     """The rank that asks first decides, also for a rank whose own folder is empty."""
-    running = []
+    commands = []
     write().rename(tmp_path / "kept")
     for rank in (0, 1):
         folder = tmp_path / f"rank{rank}"
         (folder / "tables").mkdir(parents=True)
         if rank == 0:
             (tmp_path / "kept").rename(folder / "tables" / store.file_name(H100))
-        environment = {**os.environ, "LSTM_TRITON_CACHE_DIR": str(folder)}
-        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous")]
-        running.append(subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True))
-    outputs = [process.communicate(timeout=120) for process in running]
-    assert [out.strip() for out, _ in outputs] == [
-        "1 h100-132, as on every rank",
-        "1 h100-132, as on every rank",
-    ], outputs
+        commands.append([sys.executable, "-c", RANK, str(rank), str(tmp_path / "rendezvous"), str(folder)])
+    assert side_by_side(commands) == ["1 h100-132, as on every rank\n"] * 2
 
 
 def test_the_search_measures_every_admissible_config() -> None:
@@ -227,14 +225,15 @@ def test_nothing_measured_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert search_configs(TINY, INTERPRETER, CPU, math.inf) is None
 
 
-def test_the_search_stops_at_its_deadline_and_goes_on_from_there() -> None:
-    first = search_configs(TINY, INTERPRETER, CPU, time.monotonic())
-    assert len(first.measured) == 1, "one config is measured however late it is"
+@pytest.mark.parametrize(("deadline", "done"), [(-math.inf, 1), (3, 3)])
+def test_the_search_stops_at_its_deadline_and_goes_on_from_there(deadline: float, done: int, clock_of_configs) -> None:
+    first = search_configs(TINY, INTERPRETER, CPU, deadline)
+    assert len(first.measured) == done, "one config is measured however late it is"
     assert not first.complete
     told = []
     whole = search_configs(TINY, INTERPRETER, CPU, math.inf, known=first, tell=told.append)
     assert whole.complete
-    assert len(told) == 3
+    assert len(told) == 4 - done
     assert first.measured.items() <= whole.measured.items()
 
 
