@@ -335,7 +335,7 @@ def test_cell(backend: str, bias: bool, batched: bool, state: bool) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seq_len=st.integers(1, 6),
     batch=st.integers(1, 18),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from processes import FOREVER
+from traitlets.config import Config
 
 NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("notebooks").glob("*.ipynb"))
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -33,7 +36,11 @@ def test_it_runs_at_the_small_size(path: Path, monkeypatch: pytest.MonkeyPatch) 
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source = 'size = "small"'
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    limits = dict(timeout=None, startup_timeout=FOREVER, iopub_timeout=FOREVER)
+    with tempfile.TemporaryDirectory() as folder:
+        # By sockets in a folder of its own: a free port may be another kernel's before this one takes it.
+        sockets = Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
+        NotebookClient(notebook, kernel_name="python3", resources=where, config=sockets, **limits).execute()
     assert all(cell.get("execution_count") for cell in code_cells(notebook))
 
 

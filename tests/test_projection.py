@@ -40,7 +40,7 @@ def gradients(module: nn.Module, x: torch.Tensor, hx, **options) -> list[torch.T
     return [out, h_n, c_n, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     sizes=st.tuples(st.integers(1, 5), st.integers(2, 20), st.integers(1, 3)),
     batch=st.integers(1, 4),
