@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,8 +26,13 @@ def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    """Of a copy, since a build writes beside the sources, and with what is installed, since an index may not answer."""
+    folder, copy = (tmp_path_factory.mktemp(name) for name in ("dist", "copy"))
+    for source in (ROOT / "lstm_triton", ROOT / "kernels"):
+        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
