@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+from processes import side_by_side
 
 WAITING = ("communicate", "join", "poll", "result", "wait", "wait_for")  # methods that take seconds
 EXCEPTIONS = {
@@ -52,3 +54,10 @@ def test_what_is_seen(line: str) -> None:
 def test_hypothesis_has_no_clock_either() -> None:
     assert hypothesis.settings.default.deadline is None
     assert hypothesis.HealthCheck.too_slow in hypothesis.settings.default.suppress_health_check
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it() -> None:
+    fails, waits = "print('a'); raise SystemExit('no luck')", "import threading; threading.Event().wait()"
+    with pytest.raises(AssertionError, match="no luck"):
+        side_by_side([[sys.executable, "-c", code] for code in (waits, fails, waits)])
+    assert side_by_side([[sys.executable, "-c", "print('a')"]] * 2) == ["a\n", "a\n"]
