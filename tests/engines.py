@@ -2,14 +2,15 @@
 
 A test that takes the fixture `engine` runs on all of them, with the same tolerances. A process either interprets
 kernels or compiles them, so a plain `pytest` runs the interpreted half and `pytest -m machine` the compiled one. There
-each test runs on one of the targets, drawn from its name, unless it is marked `every_target` or `--long` is given.
+each test runs on one of the targets, drawn from its name, unless it is marked `every_target`; of tests marked
+`thinned(n)` one in n runs. `--long` runs all of them on all targets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,21 +34,37 @@ class Engine:
     def compiled(self) -> bool:
         return self.name != INTERPRETED
 
+    @property
+    def faults(self) -> type[AssertionError]:
+        """What is raised where programs wait for ever, and by the machine for every other fault that it sees."""
+        if self.compiled:
+            from machine.faults import Fault
+
+            return Fault
+        from lstm_triton.recipes.interpreter import Deadlock
+
+        return Deadlock
+
+    def share(self, seeds: Sequence[int]) -> Sequence[int]:
+        """Of many schedules those for this engine: targets share them, the interpreter runs all."""
+        return seeds[TARGETS.index(self.name) :: len(TARGETS)] if self.compiled else seeds
+
     @contextlib.contextmanager
-    def __call__(self, seed: int = 0, edit: Callable[[str], str] = str, multiprocessors: int | None = None) -> Iterator:
+    def __call__(self, seed: int = 0, edit: Callable[[str], str] = str, patience: int = 200_000) -> Iterator:
         """Within the block kernels run here, everything that is left open drawn from the seed.
 
-        edit, multiprocessors: of the machine.
+        edit: changes the PTX that the machine runs. patience: switches after which the interpreter's scheduler calls a
+        launch a deadlock, which the machine sees as it is.
         """
         if self.compiled:
             from machine.driver import Machine, running  # which import Triton, before it is told to interpret
 
-            with running(Machine(self.name, adversaries(seed), multiprocessors, edit)) as machine:
+            with running(Machine(self.name, adversaries(seed), edit=edit)) as machine:
                 yield machine
         else:
             from lstm_triton.recipes.interpreter import cooperative
 
-            with cooperative(seed) as scheduler:
+            with cooperative(seed, patience) as scheduler:
                 yield scheduler
 
 
@@ -64,6 +81,9 @@ def is_chosen(item: pytest.Item, every: bool) -> bool:
     engine = parameters.get("engine")
     if engine in TARGETS and parameters.get("dtype") == torch.float64:
         return False  # which the kernels compute in the interpreter only
-    if not engine or engine == INTERPRETED or every or item.get_closest_marker("every_target"):
+    if engine not in TARGETS or every:
         return True
-    return TARGETS[zlib.crc32(item.nodeid.replace(engine, "").encode()) % len(TARGETS)] == engine
+    drawn = zlib.crc32(item.nodeid.replace(engine, "").encode())
+    if (thinned := item.get_closest_marker("thinned")) and drawn // len(TARGETS) % thinned.args[0]:
+        return False
+    return bool(item.get_closest_marker("every_target")) or TARGETS[drawn % len(TARGETS)] == engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,28 @@ def plant(folder: Path, name: str, *changes: tuple[str, str]) -> ModuleType:
             raise ValueError(f"{name}.py has {source.count(old)} places that read {old!r}, expected one")
         source = source.replace(old, new)
     return load(folder, name, source)
+
+
+def plant_everywhere(folder: Path, name: str, *changes: tuple[str, str]) -> dict[str, ModuleType]:
+    """kernels/`name`.py with every change applied, and copies of all modules that import it, which use the changed one.
+
+    Changing a module's globals would not do: compiled kernels are kept by the functions they were made of.
+    """
+    made = {name: plant(folder, name, *changes)}
+    sources = {path.stem: path.read_text() for path in Path(lstm_triton.kernels.__path__[0]).glob("*.py")}
+    waiting = {other: set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE)) for other, text in sources.items()}
+    affected = {name}
+    while more := {other for other, used in waiting.items() if used & affected} - affected:
+        affected |= more
+    affected.remove(name)
+    while affected:
+        other = next(one for one in sorted(affected) if not waiting[one] & affected)
+        source = sources[other]
+        for planted, module in made.items():
+            source = source.replace(f"from .{planted} import", f"from .{module.__name__.rpartition('.')[2]} import")
+        made[other] = load(folder, other, source)
+        affected.remove(other)
+    return made
 
 
 class _Prune(ast.NodeTransformer):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
+from engines import Engine
 from layers import Case, run_recurrence
-from lstm_triton.kernels import backward, forward, norm, product
+from lstm_triton.kernels import forward
 from lstm_triton.kernels.config import Cell, Config, chance
-from planted import plant
+from planted import plant_everywhere
 from torch import Tensor
 
 from lstm_triton.recipes.interpreter import Deadlock, cooperative
@@ -51,53 +53,55 @@ def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a.view(INTEGERS[a.dtype]), b.view(INTEGERS[b.dtype])) for a, b in zip(results, others))
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
 @pytest.mark.parametrize(("case", "seeds"), [(CASE, SEEDS), (NORM, SEEDS[:20])], ids=["plain", "variants"])
-def test_a_hundred_schedules_give_the_same_bits(case: Case, seeds: range, protocol: str) -> None:
+def test_a_hundred_schedules_give_the_same_bits(engine: Engine, case: Case, seeds: range, protocol: str) -> None:
     """Forward and backward, outputs and gradients; and the schedules do differ."""
-    with cooperative(0) as scheduler:
-        first = run_recurrence(case, grid(protocol))
-    traces = {tuple(scheduler.trace)}
-    for seed in seeds[1:]:
-        with cooperative(seed) as scheduler:
+    first, traces = None, set()
+    seeds = engine.share(seeds)
+    for seed in seeds:
+        with engine(seed) as run:
             results = run_recurrence(case, grid(protocol))
-        assert same_bits(first, results), f"schedule {seed} changes the result"
-        traces.add(tuple(scheduler.trace))
+        assert same_bits(first or results, results), f"schedule {seed} changes the result"
+        first = results
+        traces.add(tuple(run.trace))
     assert len(traces) == len(seeds)
 
 
-def test_the_exchange_does_not_show_in_the_result() -> None:
+def test_the_exchange_does_not_show_in_the_result(engine: Engine) -> None:
     """One sum in one order: both protocols and one launch a step give the same bits."""
     configs = [grid("mailbox"), grid("flags"), Config("stepwise", "none", True, False, 1, 16, 16, 32, 4)]
     results = []
     for config in configs:
-        with cooperative(5):
+        with engine(5):
             results.append(run_recurrence(CASE, config))
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
 
 
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
-def test_lengths_and_resets_under_schedules(protocol: str) -> None:
+def test_lengths_and_resets_under_schedules(engine: Engine, protocol: str) -> None:
     case = Case(seq_len=5, batch=6, hidden_size=20, directions=2, lengths=True, reset=True)
-    with cooperative(0):
+    with engine(0):
         first = run_recurrence(case, grid(protocol))
     for seed in SEEDS[1:10]:
-        with cooperative(seed):
+        with engine(seed):
             assert same_bits(first, run_recurrence(case, grid(protocol)))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
 @pytest.mark.parametrize("where", ["x", "w_hh", "h_0", "c_0", "dout", "dh_n", "dc_n"])
 @pytest.mark.parametrize("value", ["empty", float("inf")])
-def test_nan_and_inf_terminate(dtype: torch.dtype, protocol: str, where: str, value) -> None:
+def test_nan_and_inf_terminate(engine: Engine, dtype: torch.dtype, protocol: str, where: str, value) -> None:
     """Neither hangs a kernel, and rows of the batch that hold none of it are untouched."""
 
-    check_termination(Case(seq_len=3, batch=3, hidden_size=20, dtype=dtype), protocol, where, value)
+    check_termination(engine, Case(seq_len=3, batch=3, hidden_size=20, dtype=dtype), protocol, where, value)
 
 
-def check_termination(case: Case, protocol: str, where: str, value) -> None:
+def check_termination(engine: Engine, case: Case, protocol: str, where: str, value) -> None:
     @dataclass(frozen=True)
     class Broken(Case):
         def tensors(self) -> dict[str, Tensor | None]:
@@ -107,7 +111,7 @@ def check_termination(case: Case, protocol: str, where: str, value) -> None:
             given[where][0, 0] = bits if value == "empty" else value
             return given
 
-    with cooperative(1, patience=20_000):
+    with engine(1, patience=20_000):
         out, _, _, dgates, *_ = run_recurrence(Broken(**vars(case)), grid(protocol))
         clean = run_recurrence(case, grid(protocol))
     if where != "w_hh":  # that one is shared by all rows
@@ -116,11 +120,12 @@ def check_termination(case: Case, protocol: str, where: str, value) -> None:
         assert torch.equal(dgates[others], clean[3][others])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
 @pytest.mark.parametrize("where", ["x", "h_0", "dout"])
 @pytest.mark.parametrize("value", ["empty", float("inf")])
-def test_nan_and_inf_terminate_with_layer_norm(protocol: str, where: str, value) -> None:
-    check_termination(Case(seq_len=3, batch=3, hidden_size=20, norm=True), protocol, where, value)
+def test_nan_and_inf_terminate_with_layer_norm(engine: Engine, protocol: str, where: str, value) -> None:
+    check_termination(engine, Case(seq_len=3, batch=3, hidden_size=20, norm=True), protocol, where, value)
 
 
 def test_a_deadlock_is_an_error() -> None:
@@ -200,34 +205,23 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the step that the bug removes, some schedule deadlocks or changes a bit."""
+def test_planted_bug_is_caught(engine: Engine, bug: str, tmp_path) -> None:
+    """Without the step that the bug removes, some schedule deadlocks or changes a bit, or the machine sees the fault."""
     protocol, module, *changes = BUGS[bug]
     case = NORM if bug.startswith(("share", "norm")) else TRAPS if protocol == "mailbox" else CASE
     case = RESET_TRAPS if "reset state" in bug else case
-    with cooperative(0):
+    with engine(0):
         right = run_recurrence(case, grid(protocol))
-    planted = plant(tmp_path, module, *changes)
-    run_forward, run_backward = forward.lstm_forward, backward.lstm_backward
-    if module == "exchange":
-        for user in (forward, backward, product, norm):
-            for name in {"collect", "publishable", "publishable_gates", "share"} & vars(user).keys():
-                monkeypatch.setattr(user, name, getattr(planted, name))
-    elif module == "launch":
-
-        def launch(kernel, recurrence, arguments) -> None:
-            planted.run(kernel, planted.Recurrence(**vars(recurrence)), arguments)
-
-        run_forward = partial(run_forward, launch=launch)
-        run_backward = partial(run_backward, launch=launch)
-    else:
-        run_forward = getattr(planted, "lstm_forward", run_forward)
-        run_backward = getattr(planted, "lstm_backward", run_backward)
+    planted = plant_everywhere(tmp_path, module, *changes)
+    passes = []
+    for which in ("forward", "backward"):
+        home = planted.get(which) or importlib.import_module(f"lstm_triton.kernels.{which}")
+        passes.append(getattr(home, f"lstm_{which}"))
     for seed in SEEDS[:20]:
         try:
-            with cooperative(seed, patience=20_000):
-                wrong = run_recurrence(case, grid(protocol), run_forward, run_backward)
-        except Deadlock:
+            with engine(seed, patience=20_000):
+                wrong = run_recurrence(case, grid(protocol), *passes)
+        except engine.faults:
             return
         if not same_bits(right, wrong):
             return

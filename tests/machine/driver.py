@@ -37,7 +37,7 @@ class Machine:
     """The driver. arch: "sm_80", ...; multiprocessors: of the device that it stands for.
 
     adversary: makes the adversary of the launch with a given number. edit: changes a kernel's PTX before it is run.
-    After a run `launches` has the names of the kernels that ran.
+    After a run `launches` has the names of the kernels that ran, and `trace` which warps ran, in order.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Machine:
         self.arch, self.adversary, self.edit = arch, adversary, edit
         self.multiprocessors = multiprocessors or MULTIPROCESSORS[arch]
         self.launches: list[str] = []
+        self.trace: list[tuple[int, int]] = []
         self.launcher_cls = _Launcher
         self.utils = SimpleNamespace(get_device_properties=self._properties, load_binary=self._load_binary)
 
@@ -98,7 +99,9 @@ class Machine:
         adversary = self.adversary(len(self.launches))
         self.launches.append(code.program.name)
         if programs:
-            Launch(code, grid, threads, metadata.shared, parameters, spans, together, adversary).run()
+            launch = Launch(code, grid, threads, metadata.shared, parameters, spans, together, adversary)
+            launch.run()
+            self.trace += launch.trace
 
     def resident(self, threads: int, shared: int) -> int:
         """Programs that are on the device at once, each taking all the registers that it may."""

@@ -80,6 +80,7 @@ class Launch:
         self.programs = grid[0] * grid[1] * grid[2]
         self.memory = Memory(spans, code.global_granule, self.programs, adversary)
         self.blocks: list[Block] = []  # under way
+        self.trace: list[tuple[int, int]] = []  # number of the block and of its warp, whenever one went on
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
@@ -112,6 +113,7 @@ class Launch:
                     raise Deadlock(self._who_waits())
                 warp = adversary.random.choice(waiting)
             warp.state = RUNNING
+            self.trace.append((warp.block.number, warp.index))
             quiet += warp.run(adversary.burst())
             if quiet > PATIENCE:
                 raise Deadlock(f"{self.name}: nothing has changed in {PATIENCE} steps of its warps")

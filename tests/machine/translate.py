@@ -269,10 +269,12 @@ class _Emitter:
         if isinstance(operand, Register):
             number = self.code.numbers[operand.name]
             own = self.code.types[number]
+            if own != "?" and int(own[1:]) > WIDTHS[kind]:  # the low bits of a wider register (9.4.1)
+                return f"r[{number}].view('u{own[1:]}').astype('u{WIDTHS[kind]}').view('{dtype}')"
             return f"r[{number}]" if own == dtype else f"r[{number}].view('{dtype}')"
         if isinstance(operand, Immediate):
-            value = _number(operand.text, dtype)
-            return self.constant(value, (operand.text, dtype))
+            packed = f"u{WIDTHS[kind]}" if kind.endswith("x2") else dtype
+            return self.constant(_number(operand.text, packed).view(dtype), (operand.text, packed, dtype))
         if isinstance(operand, Symbol) and operand.name.startswith("%"):
             return f"w.special[{operand.name!r}]"
         if isinstance(operand, Symbol) and operand.name in self.code.statics:
