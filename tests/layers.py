@@ -155,7 +155,7 @@ def torch_errors(case: Case) -> dict[str, tuple[float, float]]:
     return {name: tuple(scale * max(error[name][i] for error in errors) for i in (0, 1)) for name in errors[0]}
 
 
-def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case) -> None:
+def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case, precision: str = "ieee") -> None:
     truth, own = by_reference(case, torch.float64), torch_errors(case)
     assert ours.keys() == truth.keys()
     for name, (largest, rms) in relative_errors(ours, truth).items():

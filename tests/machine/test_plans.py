@@ -1,0 +1,72 @@
+"""The plans that users get, executed as they are compiled: every default one up to H = 256, and a sample of all others."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from engines import Engine
+from layers import Case, assert_as_good_as_torch, by_kernels
+
+from lstm_triton.device import KNOWN
+from lstm_triton.planner import admissible, plan
+from lstm_triton.problem import PASSES, Problem, bucket_of_hidden_size
+
+TYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "ieee": (torch.float32, "ieee"),
+}
+SIZES = (1, 16, 20, 33, 64, 128, 160, 192, 224, 256)  # every bucket, some with a tail
+FEATURES = (dict(lengths=True, reset=True), dict(state=False), dict(reset=True), dict(directions=2, batch_first=True))
+
+
+def problems(case: Case, batch: int, precision: str) -> list[Problem]:
+    """Of both passes, for a batch size that the case need not have: tiles are chosen by it."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return [Problem(which, case.hidden_size, batch, case.directions, dtype, precision) for which in PASSES]
+
+
+def check(engine: Engine, case: Case, configs: list, precision: str) -> None:
+    with engine(case.seed):
+        ours = by_kernels(case, *configs, precision)
+    assert_as_good_as_torch(ours, case, precision)
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("batch", [16, 4096])
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("hidden_size", SIZES)
+def test_default_plans(engine: Engine, hidden_size: int, kind: str, batch: int) -> None:
+    dtype, precision = TYPES[kind]
+    feature = FEATURES[(SIZES.index(hidden_size) + list(TYPES).index(kind) + batch) % len(FEATURES)]
+    case = Case(seq_len=3, batch=3, hidden_size=hidden_size, dtype=dtype, **feature)
+    device = KNOWN[engine.name]
+    check(engine, case, [plan(problem, device).config for problem in problems(case, batch, precision)], precision)
+
+
+def test_every_bucket_is_among_the_sizes() -> None:
+    assert {bucket_of_hidden_size(size) for size in range(1, 257)} == {bucket_of_hidden_size(size) for size in SIZES}
+
+
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("index", range(120))
+def test_any_plan_that_is_admissible(engine: Engine, index: int) -> None:
+    """What tuning may choose: placements, protocols, operand orders and tiles that no default plan has."""
+    draw = random.Random(index)
+    dtype, precision = TYPES[draw.choice(list(TYPES))]
+    case = Case(
+        seq_len=3, batch=3, hidden_size=draw.choice([7, 16, 24, 40, 64, 100]), dtype=dtype, seed=index,
+        **draw.choice(FEATURES),
+    )  # fmt: skip
+    batch, device = draw.choice([1, 16, 64, 4096]), KNOWN[engine.name]
+    configs = []
+    for problem in problems(case, batch, precision):
+        found = admissible(problem, device)
+        kinds = sorted({(config.placement, config.protocol, config.resident) for config in found})
+        kind = draw.choice(kinds)
+        configs.append(draw.choice([c for c in found if (c.placement, c.protocol, c.resident) == kind]))
+    check(engine, case, configs, precision)
