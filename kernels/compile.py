@@ -200,7 +200,10 @@ def compile_pass(
 
 
 def report_of(binary: Any) -> Report:
-    """What the compiler made of it."""
+    """What the compiler made of it; of what is only `Lowered` there are no numbers yet."""
+    if isinstance(binary, Lowered):
+        text = binary.asm["ttgir"]
+        return Report(0, 0, 0, {}, Loop({}, {}, {}), copied_tiles(text), misread_operands(text), "")
     return _nvidia_report(binary) if "cubin" in binary.asm else _amd_report(binary)
 
 

@@ -2,13 +2,16 @@
 
     python perf/compile_report.py                  the default plans
     python perf/compile_report.py --all            every candidate config (hours; narrow it down)
+    python perf/compile_report.py --all --layouts --inputs every
+                                                   the same with all optional inputs, only as far as layouts
     python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
     python perf/compile_report.py --variant every  the default plans of every variant of the cell
     python perf/compile_report.py --predict        what a step should cost by the model of lstm_triton/cost.py
 
 Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
-time loop of every config, and exits with status 1 if one that a plan uses by default spills, does not fit
-its device, or has threads load copies of a tile that others publish.
+time loop of every config, with a state only and with marks (see INPUTS), and exits with status 1 if one that a plan
+uses by default spills, does not fit its device, has threads load copies of a tile that others publish, or operands that
+the matrix unit misreads.
 """
 
 from __future__ import annotations
@@ -47,6 +50,15 @@ VARIANTS = {
     "zoneout": Variant(zoneout=(0.1, 0.1)),
     "layer_norm": Variant(layer_norm=True),
 }
+# Optional inputs of a call. A call with more of them keeps more registers and has narrower loads behind its operands.
+INPUTS = {
+    "none": {"state": False},
+    "state": {},
+    "lengths": {"lengths": True},
+    "reset": {"reset": True},
+    "marks": {"lengths": True, "reset": True, "reset_state": True},
+    "all": {"lengths": True, "reset": True, "reset_state": True, "states": True},
+}
 _all = {name: value for variant in VARIANTS.values() for name, value in variant.asked().items()}
 VARIANTS["all_but_layer_norm"] = Variant(**(_all | {"coupled_gates": False, "layer_norm": False}))
 VARIANTS["everything"] = Variant(**(_all | {"coupled_gates": False}))  # with four gates there is more of it
@@ -60,6 +72,8 @@ class Job:
     device: Device
     config: Config
     variant: str
+    inputs: str = "state"
+    layouts: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,14 +99,20 @@ class Row:
         )
         if self.job.variant != "plain":
             head = f"{self.job.variant:19} {head}"
+        if self.job.inputs != "state":
+            head += f" inputs={self.job.inputs}"
         if report is None:
             return f"{head}  FAILED: {self.error}"
+        found = " tiles loaded in copies" * bool(report.copied_tiles) + " operands misread" * bool(
+            report.misread_operands
+        )
+        if self.job.layouts:
+            return head + found
         matrix = " ".join(f"{kind}={count}" for kind, count in report.matrix_instructions.items()) or "none"
         return (
             f"{head}  registers={report.registers} spills={report.spills} "
             f"shared={report.shared}/{self.job.device.shared_memory} loop={report.loop.instructions} matrix: {matrix}"
-            + " tiles loaded in copies" * bool(report.copied_tiles)
-            + " operands misread" * bool(report.misread_operands)
+            + found
         )
 
     def record(self) -> dict:
@@ -104,13 +124,16 @@ class Row:
     def step(self) -> Step | None:
         """The model's prediction; None without a report or constants of the target."""
         job = self.job
-        if self.report is None or job.device.arch not in MACHINES:
+        if self.report is None or job.layouts or job.device.arch not in MACHINES:
             return None
         return predict(self.report.loop, job.config, job.problem, job.device)
 
 
-def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[str] = ("plain",)) -> Iterator[Job]:
-    """The distinct configs of the default plans (or of all candidates) over a set of problems."""
+def jobs(
+    archs, hidden_sizes, batches, types, every: bool, variants: Sequence[str] = ("plain",),
+    inputs: Sequence[str] = ("state",), layouts: bool = False,
+) -> Iterator[Job]:  # fmt: skip
+    """The distinct configs of the default plans (or of all candidates) over a set of problems, with any of `inputs`."""
     seen = set()
     for arch in archs:
         device = KNOWN[arch]
@@ -128,7 +151,7 @@ def jobs(archs, hidden_sizes, batches, types, every: bool, variants: Sequence[st
                             key = (arch, which, dtype, precision, hidden_size, variant, tiles)
                             if key not in seen:
                                 seen.add(key)
-                                yield Job(problem, device, config, variant)
+                                yield from (Job(problem, device, config, variant, given, layouts) for given in inputs)
 
 
 def default_configs(problem: Problem, device: Device) -> list[Config]:
@@ -152,6 +175,8 @@ def compile_job(job: Job) -> Row:
             cell=variant.cell(training=True),
             peephole=bool(variant.peephole),
             norm=variant.layer_norm,
+            layouts_only=job.layouts,
+            **INPUTS[job.inputs],
         )
         report = report_of(binary)
     except Exception as error:  # a compiler failure is a finding: it becomes a row, and fails the run
@@ -168,12 +193,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = [f"{dtype}-{precision}" if dtype == "float32" else dtype for dtype, precision in TYPES]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--variant", nargs="+", choices=[*VARIANTS, "every"], default=["plain"])
+    parser.add_argument("--inputs", nargs="+", choices=[*INPUTS, "every"], default=["state", "marks"])
+    parser.add_argument("--layouts", action="store_true", help="stop at layouts: no registers, in half of the time")
     parser.add_argument("--predict", action="store_true", help="print the model's time of a step, by term")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     options = parser.parse_args(arguments)
     if min(*options.hidden_size, *options.batch) < 1:
         parser.error("hidden sizes and batches must be at least 1")
+    options.inputs = list(INPUTS) if "every" in options.inputs else options.inputs
     options.variants = list(VARIANTS) if "every" in options.variant else options.variant
     options.types = [pair for name, pair in zip(names, TYPES) if name in options.dtype]
     return options
@@ -181,7 +209,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    work = list(jobs(options.arch, options.hidden_size, options.batch, options.types, options.all, options.variants))
+    problems = options.arch, options.hidden_size, options.batch, options.types
+    work = list(jobs(*problems, options.all, options.variants, options.inputs, options.layouts))
     with ProcessPoolExecutor(options.workers) as pool:
         rows = list(tqdm(pool.map(compile_job, work), total=len(work), unit="config", disable=None))
     for row in rows:
@@ -189,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.predict and (step := row.step()) is not None:
             print(f"        {step}")
     bad = sum(not row.ok for row in rows)
-    print(f"{len(rows)} configs, {bad} that fail, spill, do not fit or load copies")
+    print(f"{len(rows)} configs, {bad} that fail, spill, do not fit, load copies or misread operands")
     if options.json:
         with open(options.json, "w") as file:
             json.dump([row.record() for row in rows], file, indent=1)
