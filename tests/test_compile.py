@@ -31,9 +31,14 @@ OTHER_TYPES = ("bfloat16", "float32-tf32", "float32-tf32x3", "float32-ieee")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Every default plan of the report's problems, on every target; float16 on one, where it differs from bfloat16 in
-    conversions alone (`make report` has the rest)."""
+    conversions alone, and of those with marks a part (`make report` has the rest)."""
     found = []
-    for chosen in (["--dtype", *OTHER_TYPES], ["--dtype", "float16", "--arch", "sm_90"]):
+    part = ["--dtype", "bfloat16", "float32-tf32", "--hidden-size", "64", "128", "512", "1024", "--batch", "16", "2048"]
+    for chosen in (
+        ["--inputs", "state", "--dtype", *OTHER_TYPES],
+        ["--inputs", "state", "--dtype", "float16", "--arch", "sm_90"],
+        ["--inputs", "marks", *part],
+    ):
         path = tmp_path_factory.mktemp("report") / "rows.json"
         done = subprocess.run([sys.executable, REPORT, "--json", path, *chosen], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -132,9 +132,11 @@ SAME_UNIT = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}  # and with 
 
 
 def default_jobs(inputs: str) -> list[Job]:
-    """Default plans of every bucket of H and of batches: of each kind of tile the one with the shallowest chunks.
+    """Default plans of every bucket of H and of batches: of each kind of product the one with the shallowest chunks.
 
-    Left out: float16, whose layouts are bfloat16's, and ieee, which has no matrix unit."""
+    Left out: float16, whose layouts are bfloat16's, and ieee, which has no matrix unit. How many rows there are says
+    nothing of the layouts, but that 8 never go through wgmma and 64 may through tcgen05.
+    """
     kinds: dict[tuple, Job] = {}
     buckets = sorted({bucket_of_hidden_size(hidden_size) for hidden_size in range(1, 2049)})
     batches = [2**k for k in range(SMALLEST_BATCH.bit_length() - 1, LARGEST_BATCH.bit_length())]
@@ -146,8 +148,8 @@ def default_jobs(inputs: str) -> list[Job]:
             if isinstance(chosen, NoPlan):
                 continue
             c = chosen.config
-            kind = (c.placement == "local", c.units_first, c.split_k, c.block_b, c.block_h, c.num_warps)
-            unit = "sm_80" if arch == "sm_100" and c.block_b < 64 else SAME_UNIT.get(arch, arch)  # see tcgen05
+            kind = (c.placement == "local", c.units_first, c.split_k, c.block_b > 8, c.block_h)
+            unit = "sm_80" if arch == "sm_100" and c.block_b < 64 else SAME_UNIT.get(arch, arch)
             key = (unit, which, dtype, precision, *kind)
             if key not in kinds or c.block_k < kinds[key].config.block_k:
                 kinds[key] = Job(problem, KNOWN[arch], c, "plain", inputs, layouts=True)
@@ -168,8 +170,8 @@ def test_default_plans_are_free_of_both_patterns() -> None:
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_the_smallest_operands_with_each_input(inputs: str) -> None:
     found = [job for job in default_jobs(inputs) if job.config.placement == "local" and job.config.block_h == 16]
-    jobs = {(job.device.arch, job.problem.which, job.problem.dtype): job for job in found}
-    assert {arch for arch, *_ in jobs} >= {"sm_80", "sm_90", "gfx942"}
+    jobs = {(job.problem.which, job.problem.dtype): job for job in found if job.device.arch == "sm_80"}
+    assert len(jobs) == 4
     for job in jobs.values():
         row = compile_job(job)
         assert row.ok, row.line()
