@@ -183,6 +183,6 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
         product = product_of(v, options, operand_of(v, options, extras, by_time))
     found = run_backward(
         given["dout"], given["dh_n"], given["dc_n"], gates, cells, v.w_hh, v.c_0,
-        layout, config, "ieee", lengths, reset, v.reset_c, extras=extras, product=product, stats=stats,
+        layout, backward_of(config), "ieee", lengths, reset, v.reset_c, extras=extras, product=product, stats=stats,
     )  # fmt: skip
     return [out, h_n, c_n, *(tensor for tensor in (*found[:2], *found[3:]) if tensor is not None)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .translate import Code
 
 ROUNDS = 3  # in which everybody has looked once more, and nothing has changed: a deadlock
-PATIENCE = 2_000_000  # segments of one launch without any visible change
+PATIENCE = 100_000  # segments of one launch without any visible change
 
 
 class Adversary:
