@@ -219,6 +219,10 @@ def fits(config: Config, problem: Problem, device: Device) -> bool:
         return False  # the compiler pipelines the tile's loads too, on top of the weights'
     if problem.norm:
         most_state = min(most_state, 2.0 if problem.kind == "norm" else 1.0)
+    if forward and config.split_k == 1 and width > 16 * config.num_warps:
+        # Every warp has several tiles of the product. H counts in whole chunks here.
+        row_block = config.block_b * ceil_div(problem.depth, config.block_k) * config.block_k * words / threads
+        most_row = min(most_row, 40.0)
     # The addresses of all resident chunks are alive at once; under flags so are their loads, which
     # no polling loop keeps apart.
     if config.resident and row_block > most_row and (forward or flags):
