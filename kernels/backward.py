@@ -38,7 +38,15 @@ from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import load_moments, norm_backward, norm_gates_backward
-from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, zero_product
+from .product import (
+    gate_weights,
+    gates_product,
+    in_registers,
+    recurrent_product,
+    resident_weights,
+    restored,
+    zero_product,
+)
 from .tiles import (
     RUNTIME_SIZES,
     begin_sum,
@@ -217,7 +225,7 @@ def lstm_backward_kernel(
                 dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
         if h_mask is not None:
             dh_rec *= own_mask
-        dh += dh_rec
+        dh += restored(dh_rec, 2, PRECISION)
         if zoneout_h is not None:
             dh += dh_old
 

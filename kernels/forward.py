@@ -29,7 +29,7 @@ from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
 from .norm import moments, norm_gates, store_moments
-from .product import in_registers, multiply, recurrent_product, resident_weights, zero_product
+from .product import in_registers, multiply, recurrent_product, resident_weights, restored, zero_product
 from .tiles import (
     RUNTIME_SIZES,
     load_gates,
@@ -145,6 +145,9 @@ def lstm_forward_kernel(
             compute, H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
+        # Only for the weights: inputs are often numbers of few digits, which lose nothing.
+        x_i, x_f = restored(x_i, 1, PRECISION), restored(x_f, 1, PRECISION)
+        x_g, x_o = restored(x_g, 1, PRECISION), restored(x_o, 1, PRECISION)
         if bias is not None:
             b_i, b_f, b_g, b_o = of_gates(bias, direction, unit, H, compute, UNITS_FIRST)
             x_i, x_f, x_g, x_o = x_i + b_i, x_f + b_f, x_g + b_g, x_o + b_o
@@ -213,6 +216,8 @@ def lstm_forward_kernel(
                 acc = tl.where(per_row(restart, UNITS_FIRST), 0.0, acc)
 
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
+        a_i, a_f = restored(a_i, 2, PRECISION), restored(a_f, 2, PRECISION)
+        a_g, a_o = restored(a_g, 2, PRECISION), restored(a_o, 2, PRECISION)
         if NORM:
             own_pairs = pairs + (rows * D + direction) * (4 * TILES)
             a_i, a_f, a_g, a_o, mean_z, rstd_z = norm_gates(

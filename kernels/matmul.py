@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .product import nearest
+
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32
 
 
@@ -46,6 +48,7 @@ def matmul_kernel(
             mask=(k < depth)[:, None] & (column < width)[None, :],
             other=0.0,
         )
+        left, right = nearest(left, PRECISION), nearest(right, PRECISION)
         acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=compute)
     if bias is not None:
         acc += tl.load(bias + column, mask=column < width, other=0.0).to(compute)[None, :]

@@ -1,7 +1,7 @@
 """A layer with random data, its fp64 truth, and PyTorch's own error on it: what kernels are held to.
 
 Tolerance: a result of ours may be at most twice as far from the fp64 reference as plain PyTorch is
-in the same type, by the largest and by the rms error. PyTorch's error, relative to the result's
+in the same type and precision, by the largest and by the rms error. PyTorch's error, relative to the result's
 largest value, is the worst of DRAWS draws of the same layer: one draw of a maximum is mostly luck,
 and with four it still depended on the processor's BLAS.
 """
@@ -16,6 +16,7 @@ from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import reference
 from lstm_triton.adjoint import operand_of, product_of
@@ -82,11 +83,53 @@ class Case:
         return given
 
 
+def to_tf32(x: Tensor) -> Tensor:
+    """The nearest numbers with ten bits of mantissa, as cuBLAS and cuDNN have fp32 factors rounded for TF32."""
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), x)
+
+
+def truncated(x: Tensor) -> Tensor:
+    """As NVIDIA's matrix unit takes what has not been rounded."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class Tf32Products(TorchDispatchMode):
+    """Products of matrices as a GPU has them: both factors rounded to TF32. But those with `w_hh`, if that is given, as
+    our kernels have them: both truncated, and the sum `restored` times as long."""
+
+    def __init__(self, w_hh: Tensor | None = None, restored: float = 1.0) -> None:
+        super().__init__()
+        self.w_hh, self.restored = w_hh, restored
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            assert "mm" not in func.name(), f"{func} is not rounded"
+            return func(*args, **(kwargs or {}))
+        if self.w_hh is None or all(factor.data_ptr() != self.w_hh.data_ptr() for factor in args):
+            return func(*(to_tf32(factor) for factor in args))
+        return func(*(truncated(factor) for factor in args)) * self.restored
+
+
 @lru_cache(maxsize=64)
-def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every output and gradient by plain PyTorch in `dtype`, gradients by autograd."""
+def by_reference(
+    case: Case, dtype: torch.dtype, precision: str = "ieee", restored: float | None = None
+) -> dict[str, Tensor]:
+    """Every output and gradient by plain PyTorch in `dtype`, gradients by autograd.
+
+    precision: "ieee", or for float32 "tf32" as cuDNN has it; or, with `restored`, as our kernels have it.
+    """
     given = case.tensors()
     leaves = {name: given[name].to(dtype).requires_grad_() for name in INPUTS if given[name] is not None}
+    if precision == "tf32":
+        with Tf32Products() if restored is None else Tf32Products(leaves["w_hh"], restored):
+            return _results(case, given, leaves, dtype)
+    return _results(case, given, leaves, dtype)
+
+
+def _results(
+    case: Case, given: dict[str, Tensor | None], leaves: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     v = {name: leaves.get(name) for name in INPUTS}
     *outputs, _ = reference.layer_forward(
         v["x"],
@@ -145,18 +188,21 @@ def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dic
 
 
 @lru_cache(maxsize=64)
-def torch_errors(case: Case) -> dict[str, tuple[float, float]]:
-    """PyTorch's own relative errors on layers like this one."""
+def torch_errors(case: Case, precision: str = "ieee") -> dict[str, tuple[float, float]]:
+    """PyTorch's own relative errors on layers like this one; precision: "ieee" or, of float32, "tf32"."""
     # fp64 cannot be its own truth: there the error is fp32's, scaled by the types' precision.
     dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
     draws = [replace(case, seed=seed, dtype=dtype) for seed in range(case.seed, case.seed + DRAWS)]
-    errors = [relative_errors(by_reference(draw, dtype), by_reference(draw, torch.float64)) for draw in draws]
+    errors = [
+        relative_errors(by_reference(draw, dtype, precision), by_reference(draw, torch.float64)) for draw in draws
+    ]
     scale = torch.finfo(case.dtype).eps / torch.finfo(dtype).eps
     return {name: tuple(scale * max(error[name][i] for error in errors) for i in (0, 1)) for name in errors[0]}
 
 
 def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case, precision: str = "ieee") -> None:
-    truth, own = by_reference(case, torch.float64), torch_errors(case)
+    """precision: "tf32" for kernels that have been compiled for it; the interpreter knows none but "ieee"."""
+    truth, own = by_reference(case, torch.float64), torch_errors(case, precision)
     assert ours.keys() == truth.keys()
     for name, (largest, rms) in relative_errors(ours, truth).items():
         assert torch.isfinite(ours[name]).all(), f"{name} is not finite"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lstm_triton.kernels.compile import compile_pass, compiling_for, report_of
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.matmul import matmul_kernel
+from lstm_triton.kernels.product import DROPPED
 
 from lstm_triton.cost import shared_bytes
 from lstm_triton.device import KNOWN
@@ -174,14 +176,37 @@ def test_one_step_in_one_launch_compiles(arch: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_product_of_batch_invariance_compiles(arch: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_product_of_batch_invariance_compiles(arch: str, dtype: torch.dtype, precision: str) -> None:
+    if precision == "tf32" and dtype != torch.float32:
+        pytest.skip("only float32 has another precision")
     a, b = torch.empty(100, 70, dtype=dtype, device="meta"), torch.empty(70, 50, dtype=dtype, device="meta")
     with compiling_for(arch):
         binary = matmul_kernel.run(
             a, b, None, torch.empty(100, 50, dtype=dtype, device="meta"), 100, 70, 50, *b.stride(),
-            PRECISION="ieee", BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, grid=(2, 1, 1), warmup=True,
+            PRECISION=precision, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, grid=(2, 1, 1), warmup=True,
         )  # fmt: skip
     assert report_of(binary).spills == 0
+    assert ("cvt.rna.tf32.f32" in binary.asm["ptx"]) == (precision == "tf32")
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_sums_of_truncated_products_are_restored(which: str) -> None:
+    """Only where the matrix unit truncates; ptxas makes one multiply-add of it and of what it is added to."""
+
+    def is_restored(arch: str, dtype: torch.dtype, precision: str) -> bool:
+        config = Config("local", "none", True, False, 1 if which == "forward" else 4, 16, 32, 32, 4)
+        binary = compile_pass(which, config, arch, 32, dtype, precision)
+        longer = struct.unpack("I", struct.pack("f", 1 + 2 * DROPPED.value))[0]
+        assembly = binary.asm["ptx" if arch.startswith("sm") else "amdgcn"]
+        return f"{longer:x}" in assembly.lower()
+
+    assert is_restored("sm_80", torch.float32, "tf32")
+    assert is_restored("sm_90", torch.float32, "tf32")
+    assert not is_restored("sm_90", torch.float32, "tf32x3")
+    assert not is_restored("sm_90", torch.float32, "ieee")
+    assert not is_restored("sm_90", torch.bfloat16, "tf32")
+    assert not is_restored("gfx942", torch.float32, "tf32")
 
 
 def test_no_size_of_a_batch_is_compiled_in() -> None:
