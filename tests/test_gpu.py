@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain
@@ -84,6 +86,24 @@ def assert_as_good_as_nn_lstm(ours, theirs, exact, x, hx, allow_tf32: bool) -> N
             f"result {index}: {error.max():.2e}, nn.LSTM {theirs_error.max():.2e}"
         )
         assert error.square().mean() <= 4 * theirs_error.square().mean(), f"result {index}: rms"
+
+
+@triton.jit
+def product_kernel(a, b, out, M: tl.constexpr):
+    row, k = tl.arange(0, M)[:, None], tl.arange(0, 16)[None, :]
+    left, right = tl.load(a + row * 16 + k), tl.load(b + tl.arange(0, 16)[:, None] * 16 + k)
+    tl.store(out + row * 16 + k, tl.dot(left, right, input_precision="tf32"))
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's matrix unit is left as it is")
+@pytest.mark.parametrize("rows", [16, 128])  # mma.sync, and wgmma or tcgen05 where there is one
+def test_the_matrix_unit_truncates_to_tf32(rows: int) -> None:
+    """What `kernels.product.restored` takes for granted, of both factors."""
+    one, more = torch.eye(16, device="cuda"), 1 + 2**-10 - 2**-20
+    for left, right in ((one * more, one), (one, one * more)):
+        out = left.new_empty(rows, 16)
+        product_kernel[(1,)](left.repeat(rows // 16, 1), right, out, rows)
+        assert out.max() == 1
 
 
 @pytest.mark.parametrize("kind", TYPES)

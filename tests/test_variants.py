@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import Engine
 from layers import Case, arguments, assert_as_good_as_torch, backward_of, by_kernels
 from lstm_triton.kernels.config import Cell, Config, chance
 from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton import LSTM, LSTMCell, functional, philox
-from lstm_triton.recipes.interpreter import cooperative
 from lstm_triton.variant import Variant
 
 SAMPLED = {"sampled": True}
@@ -47,37 +47,39 @@ def case_of(base: Case, *flags: str) -> Case:
     return replace(base, cell=Cell(**cell), **fields)
 
 
-def check(case: Case, config: Config) -> None:
-    with cooperative(seed=case.seed):
+def check(engine: Engine, case: Case, config: Config) -> None:
+    with engine(case.seed):
         ours = by_kernels(case, config)
     assert_as_good_as_torch(ours, case)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("flag", FLAGS)
-def test_each_alone(flag: str, config: Config) -> None:
+def test_each_alone(engine: Engine, flag: str, config: Config) -> None:
     """Every output and gradient, with two directions, lengths and resets."""
-    check(case_of(EVERYTHING, flag), config)
+    check(engine, case_of(EVERYTHING, flag), config)
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("index", "pair"), enumerate(itertools.combinations(FLAGS, 2)))
-def test_every_pair(index: int, pair: tuple[str, str]) -> None:
+def test_every_pair(engine: Engine, index: int, pair: tuple[str, str]) -> None:
     base = replace(EVERYTHING, seed=index) if index % 2 else Case(seed=index)
-    check(case_of(base, *pair), list(CONFIGS.values())[index % 4])
+    check(engine, case_of(base, *pair), list(CONFIGS.values())[index % 4])
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_all_at_once_in_every_type(dtype: torch.dtype, config: Config) -> None:
-    check(replace(case_of(EVERYTHING, *FLAGS), dtype=dtype), config)
+def test_all_at_once_in_every_type(engine: Engine, dtype: torch.dtype, config: Config) -> None:
+    check(engine, replace(case_of(EVERYTHING, *FLAGS), dtype=dtype), config)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_zoneout_in_evaluation(config: Config) -> None:
-    check(replace(EVERYTHING, cell=Cell(zoneout_h=chance(0.3), zoneout_c=chance(0.4))), config)
+def test_zoneout_in_evaluation(engine: Engine, config: Config) -> None:
+    check(engine, replace(EVERYTHING, cell=Cell(zoneout_h=chance(0.3), zoneout_c=chance(0.4))), config)
 
 
-def test_layer_norm_of_units_with_a_large_mean() -> None:
+def test_layer_norm_of_units_with_a_large_mean(engine: Engine) -> None:
     """Sums of squares would cancel: the moments of programs are combined about their means."""
 
     class Shifted(Case):
@@ -86,7 +88,7 @@ def test_layer_norm_of_units_with_a_large_mean() -> None:
             given["w_hh"] = given["w_hh"] + 30.0  # all gates shift by 30 times the sum of h
             return given
 
-    check(Shifted(norm=True), CONFIGS["mailbox"])
+    check(engine, Shifted(norm=True), CONFIGS["mailbox"])
 
 
 @pytest.mark.parametrize("without", ["coupled_gates", "layer_norm"])
