@@ -83,10 +83,14 @@ class Case:
         return given
 
 
-def to_tf32(x: Tensor) -> Tensor:
-    """The nearest numbers with ten bits of mantissa, as cuBLAS and cuDNN have fp32 factors rounded for TF32."""
-    bits = x.contiguous().view(torch.int32)
-    return torch.where(x.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), x)
+# Bits of an fp32 factor that do not count. TF32 holds 11 significant bits, and so does each of the two parts of tf32x3.
+DROPPED_BITS = {"tf32": 13, "tf32x3": 2}
+
+
+def to_tf32(x: Tensor, precision: str = "tf32") -> Tensor:
+    """The nearest numbers that a factor can be, as cuBLAS and cuDNN have fp32 factors rounded for TF32."""
+    bits, unit = x.contiguous().view(torch.int32), 1 << DROPPED_BITS[precision]
+    return torch.where(x.isfinite(), ((bits + unit // 2) & -unit).view(torch.float32), x)
 
 
 def truncated(x: Tensor) -> Tensor:
@@ -95,19 +99,19 @@ def truncated(x: Tensor) -> Tensor:
 
 
 class Tf32Products(TorchDispatchMode):
-    """Products of matrices as a GPU has them: both factors rounded to TF32. But those with `w_hh`, if that is given, as
-    our kernels have them: both truncated, and the sum `restored` times as long."""
+    """Products of matrices as a GPU has them: both factors rounded. But those with `w_hh`, if that is given, as our
+    kernels have them for TF32: both truncated, and the sum `restored` times as long."""
 
-    def __init__(self, w_hh: Tensor | None = None, restored: float = 1.0) -> None:
+    def __init__(self, precision: str = "tf32", w_hh: Tensor | None = None, restored: float = 1.0) -> None:
         super().__init__()
-        self.w_hh, self.restored = w_hh, restored
+        self.precision, self.w_hh, self.restored = precision, w_hh, restored
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             assert "mm" not in func.name(), f"{func} is not rounded"
             return func(*args, **(kwargs or {}))
         if self.w_hh is None or all(factor.data_ptr() != self.w_hh.data_ptr() for factor in args):
-            return func(*(to_tf32(factor) for factor in args))
+            return func(*(to_tf32(factor, self.precision) for factor in args))
         return func(*(truncated(factor) for factor in args)) * self.restored
 
 
@@ -117,12 +121,12 @@ def by_reference(
 ) -> dict[str, Tensor]:
     """Every output and gradient by plain PyTorch in `dtype`, gradients by autograd.
 
-    precision: "ieee", or for float32 "tf32" as cuDNN has it; or, with `restored`, as our kernels have it.
+    precision: "ieee", or for float32 "tf32" as cuDNN has it (or, with `restored`, as our kernels have it), or "tf32x3".
     """
     given = case.tensors()
     leaves = {name: given[name].to(dtype).requires_grad_() for name in INPUTS if given[name] is not None}
-    if precision == "tf32":
-        with Tf32Products() if restored is None else Tf32Products(leaves["w_hh"], restored):
+    if precision in DROPPED_BITS:
+        with Tf32Products(precision) if restored is None else Tf32Products(precision, leaves["w_hh"], restored):
             return _results(case, given, leaves, dtype)
     return _results(case, given, leaves, dtype)
 
@@ -189,7 +193,7 @@ def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dic
 
 @lru_cache(maxsize=64)
 def torch_errors(case: Case, precision: str = "ieee") -> dict[str, tuple[float, float]]:
-    """PyTorch's own relative errors on layers like this one; precision: "ieee" or, of float32, "tf32"."""
+    """PyTorch's own relative errors on layers like this one; precision: "ieee" or, of float32, one of DROPPED_BITS."""
     # fp64 cannot be its own truth: there the error is fp32's, scaled by the types' precision.
     dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
     draws = [replace(case, seed=seed, dtype=dtype) for seed in range(case.seed, case.seed + DRAWS)]
@@ -201,7 +205,7 @@ def torch_errors(case: Case, precision: str = "ieee") -> dict[str, tuple[float, 
 
 
 def assert_as_good_as_torch(ours: dict[str, Tensor], case: Case, precision: str = "ieee") -> None:
-    """precision: "tf32" for kernels that have been compiled for it; the interpreter knows none but "ieee"."""
+    """precision: of kernels that have been compiled for it; the interpreter knows none but "ieee"."""
     truth, own = by_reference(case, torch.float64), torch_errors(case, precision)
     assert ours.keys() == truth.keys()
     for name, (largest, rms) in relative_errors(ours, truth).items():

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from engines import Engine
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -154,6 +155,9 @@ def results(call: Call, backend: str, dtype: torch.dtype) -> list[Tensor]:
     return [*(output.detach() for output in outputs), *grads]
 
 
+COMPILED = 12  # draws of a part that run as compiled code
+
+
 def errors(got: list[Tensor], truth: list[Tensor]) -> float:
     """The largest, relative to the largest value of its tensor or 1."""
     assert [a.shape for a in got] == [b.shape for b in truth]
@@ -183,3 +187,28 @@ def test_the_feature_product(part: int) -> None:
         assert max(ours[norm]) <= 2 * max(own[norm]), f"layer norm: {norm}"
     assert len(set(ran)) >= 0.9 * DRAWS // 4
     assert len(ours[False]) + len(ours[True]) >= 0.2 * DRAWS // 4
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("part", range(4))
+def test_compiled(engine: Engine, part: int) -> None:
+    """A few of them on every target, by the compiled kernels."""
+    ran = []
+
+    @settings(
+        max_examples=COMPILED, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+    @given(calls())
+    def check(call: Call) -> None:
+        call = replace(call, seed=4 * call.seed + part)
+        truth = results(call, "torch", torch.float64)
+        with engine(call.seed):
+            ours = results(call, "triton", torch.float32)
+        explained = (1000 if call.variant.layer_norm else 100) * EPS
+        found = errors(ours, truth)
+        assert found <= explained, f"the kernels are off by {found:.2e}"
+        ran.append(call)
+
+    check()
+    assert len(set(ran)) > COMPILED / 2

@@ -15,6 +15,8 @@ from lstm_triton import LSTM, LSTMCell, explain, functional
 from .driver import Machine, running
 from .faults import Deadlock, LaunchError, MachineError
 
+pytestmark = pytest.mark.machine
+
 GRID = Config("grid", "mailbox", True, False, 1, 16, 16, 32, 4)
 
 
@@ -103,14 +105,12 @@ def test_batch_sizes_and_lengths_share_a_binary(engine: Engine) -> None:
         assert binaries() == before
 
 
-@pytest.mark.machine
 def test_a_launch_that_does_not_fit() -> None:
     """Three programs that wait for each other, on a device of one multiprocessor that holds two."""
     with running(Machine("sm_80", multiprocessors=1)), pytest.raises(LaunchError, match="of which only 2 fit"):
         run_recurrence(Case(hidden_size=40), GRID)
 
 
-@pytest.mark.machine
 def test_programs_that_wait_need_a_cooperative_launch(tmp_path) -> None:
     cooperative = 'options["launch_cooperative_grid"] = True'
     planted = plant_everywhere(tmp_path, "launch", (cooperative, "pass"))
@@ -118,14 +118,12 @@ def test_programs_that_wait_need_a_cooperative_launch(tmp_path) -> None:
         run_recurrence(Case(hidden_size=40), GRID, planted["forward"].lstm_forward, planted["backward"].lstm_backward)
 
 
-@pytest.mark.machine
 @pytest.mark.parametrize("target", ["sm_70", "sm_100", "gfx942", ""])
 def test_a_target_that_it_does_not_know(target: str) -> None:
     with pytest.raises(MachineError, match="the machine stands for sm_80, "):
         Machine(target)
 
 
-@pytest.mark.machine
 def test_arguments_of_a_wrong_kind() -> None:
     from lstm_triton.kernels.masks import sequence_mask_kernel
 

@@ -13,6 +13,8 @@ from lstm_triton.device import KNOWN
 from lstm_triton.planner import admissible, plan
 from lstm_triton.problem import PASSES, Problem, bucket_of_hidden_size
 
+pytestmark = pytest.mark.machine
+
 TYPES = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
