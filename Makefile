@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: test lint types pytest compile oldest demo notebooks report sweep clean
+.PHONY: test lint types pytest compile machine oldest demo notebooks report sweep clean
 
 test: lint types pytest compile
 
@@ -22,17 +22,22 @@ types: .venv/installed
 
 # Everything that runs in Triton's interpreter.
 pytest: .venv/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot and not machine"
 
-# Everything that needs compiled kernels: ahead of time, and on the GPU if there is one.
+# Everything that needs compiled kernels: ahead of time, executed on the CPU, and on the GPU if there is one.
 compile: .venv/installed
 	$(BIN)/python -m pytest -q -m "aot or gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m machine
+
+# The long version of what is executed on the CPU: every plan and type on every target, an hour on two cores.
+machine: .venv/installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m machine --long
 
 # The interpreter tests at the lower ends of what pyproject.toml admits, whose PyTorch is a CUDA build of some gigabytes.
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
-	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot"
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not aot and not machine"
 
 demo: .venv/installed
 	$(BIN)/python -m lstm_triton.recipes.char_lm --out demo

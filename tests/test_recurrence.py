@@ -62,6 +62,7 @@ def test_every_config(engine: Engine, config: Config, feature: str) -> None:
     check(engine, FEATURES[feature], config)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("name", ["local-weights-second", "local-8-rows", "mailbox-split-k-resident", "mailbox-split-k-weights-first-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
 def test_every_feature(engine: Engine, case: Case, name: str) -> None:

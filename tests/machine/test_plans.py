@@ -38,7 +38,7 @@ def check(engine: Engine, case: Case, configs: list, precision: str) -> None:
     assert_as_good_as_torch(ours, case, precision)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("batch", [16, 4096])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("hidden_size", SIZES)
