@@ -38,6 +38,7 @@ def activate_kernel(
 ):
     """One program: BLOCK_H units of BLOCK_B pairs (step, row of the batch), of one set of weights."""
     compute: tl.constexpr = tl.float64 if gates.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = gates.dtype.element_ty == tl.float32
     pair = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     direction = tl.program_id(2)
@@ -60,7 +61,9 @@ def activate_kernel(
     w_co = None
     if peephole is not None:
         w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, False)
-    i, f, g, o, _ = lstm_forward_step(a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, False)
+    i, f, g, o, _ = lstm_forward_step(
+        a_i, a_f, a_g, a_o, before, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, False, EXACT
+    )
     store_gates(gates, offset, owned, i, f, g, o, H)
 
 

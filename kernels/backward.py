@@ -113,6 +113,7 @@ def lstm_backward_kernel(
     PUBLISHED: tl.constexpr = 3 if NORM else 1  # tiles that a program publishes in a step
     dtype: tl.constexpr = dgates.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    EXACT: tl.constexpr = dtype == tl.float32 and PRECISION != "tf32"
     hidden_tile = tl.program_id(0)
     batch_tile = first_tile + tl.program_id(1)
     direction = tl.program_id(2)
@@ -245,7 +246,7 @@ def lstm_backward_kernel(
             published = (seq_len - 1 - step) * PUBLISHED
             normed = (c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)
             seen = gain_c * normed + bias_c
-        do, dseen = lstm_output_backward(o, seen, dh_new)
+        do, dseen = lstm_output_backward(o, seen, dh_new, EXACT)
         if NORM:
             # Beyond its length a row's saved tensors mean nothing, and sums would keep a NaN.
             dseen = tl.where(live, dseen, 0.0)

@@ -6,13 +6,16 @@ type (fp32, or fp64 under the interpreter) and of one shape; the functions do no
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
 binary: w_ci, w_cf, w_co, the peephole weights of each unit; g_scale, the mask on the candidate; cell_clip and
 grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its
-pre-activations, and normalises c_t before `lstm_output`. `reference.py` states the same in plain PyTorch, with sources.
+pre-activations, and normalises c_t before `lstm_output`. EXACT: fp32 data whose products keep fp32's precision, for
+which the approximations that are good enough elsewhere would be most of the error. `reference.py` states the same in plain PyTorch, with sources.
 """
 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950216293335)  # in fp32
+LOG2_E_REST = tl.constexpr(1.92596298909109e-08)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.constexpr_function
@@ -47,37 +50,54 @@ def rounded_product(a, b):
 
 
 @triton.jit
-def exp(x):
+def approximate(x, name: tl.constexpr):
+    """One of the special functions of NVIDIA's GPUs, "ex2" or "rcp", with subnormal results flushed to zero."""
+    asm: tl.constexpr = name + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
     if has_ptx() and x.dtype == tl.float32:
-        # Subnormal results flushed to zero: Triton's own exp spends half of its instructions on them.
-        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
+        # Triton's own exp spends half of its instructions on subnormal results.
+        y = rounded_product(x, LOG2_E)
+        e = approximate(y, "ex2")
+        if EXACT:
+            # What rounding took from the exponent; where nothing is left of e, it may be no number.
+            lost = tl.fma(x, LOG2_E, -y) + x * LOG2_E_REST
+            e = tl.where((e > 0) & (e < float("inf")), tl.fma(e, lost * LN_2, e), e)
+        return e
     else:
         return tl.exp(x)
 
 
 @triton.jit
-def quotient(a, b):
+def quotient(a, b, EXACT: tl.constexpr):
     if has_ptx() and b.dtype == tl.float32:
-        # Within one unit in the last place (PTX manual), and without a division's care for extreme operands.
-        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
-        return a * tl.inline_asm_elementwise(asm, "=r,r", [b], dtype=tl.float32, is_pure=True, pack=1)
+        # Without a division's care for extreme operands; rcp is within one unit in the last place (PTX manual).
+        r = approximate(b, "rcp")
+        if EXACT:
+            r = tl.where(b < float("inf"), tl.fma(tl.fma(-b, r, 1.0), r, r), r)  # Newton's step
+        return a * r
     else:
         return a / b
 
 
 @triton.jit
-def sigmoid(x):
+def sigmoid(x, EXACT: tl.constexpr):
     # exp overflows to inf for x < -88 and 1 / inf is the right answer: safe for every x.
-    return quotient(1.0, 1.0 + exp(-x))
+    return quotient(1.0, 1.0 + exp(-x, EXACT), EXACT)
 
 
 @triton.jit
-def tanh(x):
+def tanh(x, EXACT: tl.constexpr):
     # On |x| the exponential lies in (0, 1]: nothing overflows, and the quotient rounds closer
     # than 2 sigmoid(2x) - 1. On x itself it would be inf / inf below about -44.
-    e = exp(-2.0 * tl.abs(x))
-    t = quotient(1.0 - e, 1.0 + e)
+    e = exp(-2.0 * tl.abs(x), EXACT)
+    t = quotient(1.0 - e, 1.0 + e, EXACT)
+    if EXACT and has_ptx():
+        # Near 1 only the last rounding is left this way, which a gradient through 1 - t * t multiplies.
+        t = tl.where(e < 0.25, tl.fma(-2.0 * e, quotient(1.0, 1.0 + e, EXACT), 1.0), t)
     return tl.where(x < 0, -t, t)
 
 
@@ -104,32 +124,33 @@ def candidate(i, f, g, c_prev, g_scale, NORM: tl.constexpr):
 
 @triton.jit
 def lstm_forward_step(
-    a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr, NORM: tl.constexpr
+    a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr, NORM: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Pre-activations and c_{t-1} -> activated gates i, f, g, o and the new c_t."""
     if w_ci is not None:
         a_i += w_ci * c_prev
         a_f += w_cf * c_prev
-    i = sigmoid(a_i)
-    f = 1.0 - i if COUPLED else sigmoid(a_f)
-    g = tanh(a_g)
+    i = sigmoid(a_i, EXACT)
+    f = 1.0 - i if COUPLED else sigmoid(a_f, EXACT)
+    g = tanh(a_g, EXACT)
     c = clipped(candidate(i, f, g, c_prev, g_scale, NORM), cell_clip)
     if w_co is not None:
         a_o += w_co * c
-    o = sigmoid(a_o)
+    o = sigmoid(a_o, EXACT)
     return i, f, g, o, c
 
 
 @triton.jit
-def lstm_output(o, c):
+def lstm_output(o, c, EXACT: tl.constexpr):
     """h_t of the output gate and c_t, or what layer normalisation has made of c_t."""
-    return o * tanh(c)
+    return o * tanh(c, EXACT)
 
 
 @triton.jit
-def lstm_output_backward(o, c, dh):
+def lstm_output_backward(o, c, dh, EXACT: tl.constexpr):
     """Gradient of h_t -> those of the activated output gate and of c as `lstm_output` took it."""
-    tanh_c = tanh(c)
+    tanh_c = tanh(c, EXACT)
     return dh * tanh_c, dh * o * (1.0 - tanh_c * tanh_c)
 
 

@@ -94,6 +94,7 @@ def lstm_forward_kernel(
     PUBLISHED: tl.constexpr = 3 if NORM else 1  # tiles that a program publishes in a step
     dtype: tl.constexpr = out.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    EXACT: tl.constexpr = dtype == tl.float32 and PRECISION != "tf32"
     hidden_tile = tl.program_id(0)
     batch_tile = first_tile + tl.program_id(1)
     direction = tl.program_id(2)
@@ -225,8 +226,9 @@ def lstm_forward_kernel(
                 step * PUBLISHED + 1, H, COUPLED, BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         i, f, g, o, c_new = lstm_forward_step(
-            a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, NORM
-        )
+            a_i + x_i, a_f + x_f, a_g + x_g, a_o + x_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED, NORM,
+            EXACT,
+        )  # fmt: skip
         seen = c_new
         if NORM:
             mean_c, rstd_c = moments(
@@ -234,7 +236,7 @@ def lstm_forward_kernel(
                 UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
             seen = gain_c * ((c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)) + bias_c
-        h_new = zoneout(lstm_output(o, seen), h_prev, keep_h, SAMPLED)
+        h_new = zoneout(lstm_output(o, seen, EXACT), h_prev, keep_h, SAMPLED)
         if zoneout_h is not None:
             h_new = h_new.to(dtype).to(compute)  # what is kept is what was stored: a cut in time changes nothing
         c_new = zoneout(c_new, c_prev, keep_c, SAMPLED)

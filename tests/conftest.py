@@ -20,6 +20,7 @@ COMPILED = ("aot", "machine", "gpu")  # what needs compiled kernels, and so a pr
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="compiled code on every target, by more seeds and plans")
 
+
 # The same draws in every run, however long they take.
 hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]

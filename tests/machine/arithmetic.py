@@ -192,9 +192,7 @@ def halves(x: np.ndarray) -> np.ndarray:
 # Between lanes (9.7.9.6)
 
 
-def shuffled(
-    x: np.ndarray, by: np.ndarray, clamp: np.ndarray, mode: str
-) -> tuple[np.ndarray, np.ndarray]:
+def shuffled(x: np.ndarray, by: np.ndarray, clamp: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
     """shfl.sync -> values and whether each came from another lane within its segment."""
     bound, segment, by = clamp & np.uint32(31), (clamp >> np.uint32(8)) & np.uint32(31), by & np.uint32(31)
     lane = LANES.astype(np.uint32)

@@ -36,7 +36,9 @@ class Copies:
     def issue(self, warp: Warp, copy: Copy) -> None:
         shared = warp.block.shared
         granules = shared.granules(copy.site, warp, copy.target, copy.size)
-        poison = np.full(granules.shape, shared.memory.dtype.type(warp.block.launch.adversary.poison & (256**shared.granule - 1)))
+        poison = np.full(
+            granules.shape, shared.memory.dtype.type(warp.block.launch.adversary.poison & (256**shared.granule - 1))
+        )
         shared.write(copy.site, warp, granules, poison)
         self.open.append(copy)
         if warp.block.launch.adversary.early():

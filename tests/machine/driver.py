@@ -29,7 +29,17 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_86": 72, "sm_89": 142, "sm_90": 132, "sm_12
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}  # that one program may ask for
 
 _POINTER = np.dtype("u8")
-_SCALARS = {"i1": "?", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "?", "u8": "u1", "u16": "u2", "u32": "u4"}
+_SCALARS = {
+    "i1": "?",
+    "i8": "i1",
+    "i16": "i2",
+    "i32": "i4",
+    "i64": "i8",
+    "u1": "?",
+    "u8": "u1",
+    "u16": "u2",
+    "u32": "u4",
+}
 _SCALARS |= {"u64": "u8", "fp32": "f4", "fp64": "f8", "f32": "f4", "f64": "f8"}
 
 
@@ -141,9 +151,7 @@ class _Launcher:
         return found
 
 
-def _packed(
-    parameters: dict[str, str], arguments: list[tuple[str, str, Any]]
-) -> tuple[list[np.ndarray], list[Span]]:
+def _packed(parameters: dict[str, str], arguments: list[tuple[str, str, Any]]) -> tuple[list[np.ndarray], list[Span]]:
     """Parameters as vectors of their bits, and the memory that they point to."""
     vectors, spans = [], []
     kinds = list(parameters.values())

@@ -78,9 +78,7 @@ def floats(bits: np.ndarray, kind: str) -> np.ndarray:
     return (bf16_to_f32(bits) if kind == "bf16" else bits.view(np.float16)).astype(np.float64)
 
 
-def mma(
-    a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], shape: str, kind: str
-) -> list[np.ndarray]:
+def mma(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], shape: str, kind: str) -> list[np.ndarray]:
     """a, b: registers uint32; c: four registers fp32 -> four registers fp32."""
     places_a, places_b, depth = SHAPES[shape, 32 if kind == "tf32" else 16]
     left = values_of(np.array(a), kind).ravel()[places_a].reshape(16, depth)

@@ -191,7 +191,9 @@ class Memory:
         if np.count_nonzero(owners):
             foreign = (owners != 0) & (owners != warp.block.number + 1) & (self.memory[index] != granules)
             if (foreign & (self.epoch[shadows] > warp.clock[owners - 1])).any():
-                raise Race(warp.report(site, f"another program stores another value at {self.name_of(int(address[0]))}"))
+                raise Race(
+                    warp.report(site, f"another program stores another value at {self.name_of(int(address[0]))}")
+                )
         visible = self.hidden[shadows] == 0
         self.old[shadows[visible]] = self.memory[index[visible]]
         self.memory[index] = granules

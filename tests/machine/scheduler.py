@@ -138,7 +138,12 @@ class Launch:
 
     def drain_some(self) -> bool:
         """Let a part of what was stored arrive, whichever; whether there was any."""
-        lists = [entries for block in self.blocks for entries in (block.pending, *(w.pending for w in block.warps)) if entries]
+        lists = [
+            entries
+            for block in self.blocks
+            for entries in (block.pending, *(w.pending for w in block.warps))
+            if entries
+        ]
         if not lists:
             return False
         entries = self.adversary.random.choice(lists)
@@ -167,7 +172,11 @@ class Launch:
         def same(value: int) -> np.ndarray:
             return np.full(32, value, np.uint32)
 
-        found = {"%tid.x": threads.astype(np.uint32), "%laneid": LANES.astype(np.uint32), "%ntid.x": same(32 * self.warps)}
+        found = {
+            "%tid.x": threads.astype(np.uint32),
+            "%laneid": LANES.astype(np.uint32),
+            "%ntid.x": same(32 * self.warps),
+        }
         for axis, at, size in zip("xyz", block.position, self.grid):
             found |= {f"%ctaid.{axis}": same(at), f"%nctaid.{axis}": same(size)}
         return found | {f"%tid.{axis}": same(0) for axis in "yz"} | {f"%ntid.{axis}": same(1) for axis in "yz"}

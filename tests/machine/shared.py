@@ -39,7 +39,9 @@ class Shared:
         self.used_at = [np.zeros(count, np.int32) for _ in range(warps)]
         self.written_at = [np.zeros(count, np.int32) for _ in range(warps)]
         self.changed_at = np.zeros(count, np.int32)
-        self.unfenced = np.zeros(count, np.int32)  # now * 64 + warp + 1 of an ordinary store that no fence has passed on
+        self.unfenced = np.zeros(
+            count, np.int32
+        )  # now * 64 + warp + 1 of an ordinary store that no fence has passed on
 
     def granules(self, site: Instruction, warp: Warp, address: np.ndarray, size: int) -> np.ndarray:
         """Indices [parts, lanes] of the granules of `size` bytes at each address."""

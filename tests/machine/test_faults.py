@@ -161,7 +161,9 @@ def test_an_unknown_instruction_is_named(unknown: str) -> None:
         run(unknown)
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", PTX.format(threads=32, body="@ %% ;"), PTX.format(threads=32, body=".alias x;")])
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", PTX.format(threads=32, body="@ %% ;"), PTX.format(threads=32, body=".alias x;")]
+)
 def test_text_that_is_no_ptx(text: str) -> None:
     with pytest.raises(faults.MachineError):
         code_of(text)
@@ -193,7 +195,12 @@ ACQUIRE = "mov.b32 %r10, 0; @!%p2 atom.global.gpu.{order}.add.u32 %r8, [%rd1], 0
 
 @pytest.mark.parametrize(
     ("release", "acquire", "right"),
-    [("release", "acquire", True), ("relaxed", "acquire", False), ("release", "relaxed", False), ("release", "", False)],
+    [
+        ("release", "acquire", True),
+        ("relaxed", "acquire", False),
+        ("release", "relaxed", False),
+        ("release", "", False),
+    ],
 )
 def test_release_and_acquire_order_what_a_flag_guards(release: str, acquire: str, right: bool) -> None:
     """All four are needed: without one some schedule reads what was there before, or poison."""

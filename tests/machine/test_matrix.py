@@ -73,7 +73,10 @@ def test_descriptors_reach_every_element_once(swizzle: int, units: int, k_major:
         # A swizzled row holds 16 * units bytes of k, of which one instruction takes 32.
         leading, stride = (128, 256) if units == 1 else (16, 128 * units)
         parts = max(1, units // 2)
-        found = [wgmma.addresses(descriptor(1024 + 32 * part, leading, stride, swizzle), rows, size, True) for part in range(parts)]
+        found = [
+            wgmma.addresses(descriptor(1024 + 32 * part, leading, stride, swizzle), rows, size, True)
+            for part in range(parts)
+        ]
         places = np.stack(found)
         assert (np.diff(places[..., : 16 // size], axis=-1) == size).all()
     else:
@@ -95,7 +98,9 @@ def test_a_swizzle_is_what_the_hardware_documents() -> None:
 
 
 def test_conversions_are_torchs() -> None:
-    values = torch.cat((torch.randn(4096) * 10.0 ** torch.randint(-42, 38, (4096,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf])))
+    values = torch.cat(
+        (torch.randn(4096) * 10.0 ** torch.randint(-42, 38, (4096,)), torch.tensor([0.0, -0.0, torch.inf, -torch.inf]))
+    )
     for make, dtype in ((f32_to_bf16, torch.bfloat16), (_f16, torch.float16)):
         assert np.array_equal(make(values.numpy()), values.to(dtype).view(torch.int16).numpy().view(np.uint16))
 

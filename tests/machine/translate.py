@@ -39,7 +39,16 @@ DTYPES |= {"f32x2": "f4", "u16x2": "u2", "s16x2": "i2", "f16x2": "f2", "bf16x2":
 WIDTHS = SIZES | {"f32x2": 8, "u16x2": 4, "s16x2": 4, "f16x2": 4, "bf16x2": 4, "bf16": 2, "tf32": 4}
 
 # Where others may notice that this instruction comes before or after one of theirs.
-_NOTICED = ("ld.global", "ld.volatile", "ld.relaxed", "ld.acquire", "st.global", "st.volatile", "st.relaxed", "st.release")
+_NOTICED = (
+    "ld.global",
+    "ld.volatile",
+    "ld.relaxed",
+    "ld.acquire",
+    "st.global",
+    "st.volatile",
+    "st.relaxed",
+    "st.release",
+)
 _NOTICED += ("atom.", "cp.async.wait", "wgmma.wait", "fence", "membar")
 
 
@@ -76,7 +85,13 @@ class Code:
         self.releases = any(".release" in opcode or ".acq_rel" in opcode for opcode in opcodes)
         self.by_proxy = any(opcode.startswith("wgmma") for opcode in opcodes)
         self.global_granule = min([4, *(_width(o) for o in opcodes if re.match(r"st\.(\w+\.)*global", o))])
-        self.shared_granule = min([4, *(_width(o) for o in opcodes if re.match(r"(ld|st)\.(\w+\.)*shared", o)), *(2 for o in opcodes if "matrix" in o or "wgmma" in o)])
+        self.shared_granule = min(
+            [
+                4,
+                *(_width(o) for o in opcodes if re.match(r"(ld|st)\.(\w+\.)*shared", o)),
+                *(2 for o in opcodes if "matrix" in o or "wgmma" in o),
+            ]
+        )
         self.statics: dict[str, int] = {}
         end = BASE
         for name, size in program.shared.items():
@@ -97,7 +112,9 @@ class Code:
     def new_registers(self, adversary: Adversary) -> list[np.ndarray]:
         """Poison: a kernel's results must not depend on what it has not written."""
         words = np.full(32, adversary.poison, np.uint64)
-        kinds = {kind: words.view(kind)[:32].copy() if kind != "?" else adversary.lanes((32,)) for kind in set(self.types)}
+        kinds = {
+            kind: words.view(kind)[:32].copy() if kind != "?" else adversary.lanes((32,)) for kind in set(self.types)
+        }
         return [kinds[kind] for kind in self.types]
 
 
@@ -250,7 +267,9 @@ class _Emitter:
             raise self.unknown() from error
 
     def unknown(self) -> MachineError:
-        return MachineError(f"{self.code.program.name}: an instruction that the machine does not know: {self.instruction}")
+        return MachineError(
+            f"{self.code.program.name}: an instruction that the machine does not know: {self.instruction}"
+        )
 
     # Operands
 
@@ -552,7 +571,18 @@ def _shf(e: _Emitter, i: Instruction) -> None:
     e.write(d, f"funnel({', '.join(e.read(one, 'b32') for one in given)}, {direction!r}, {mode!r})", "b32")
 
 
-_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+_COMPARISONS = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 
 
 def _compared(name: str, a: str, b: str, floating: bool) -> str:
@@ -666,7 +696,9 @@ def _div(e: _Emitter, i: Instruction) -> None:
         e.write(d, f"({e.read(a, 'f32')} / {e.read(b, 'f32')})", "f32")
     elif i.parts[-1] == "f32" and i.parts[1] in ("full", "approx"):
         kind = f"div.{i.parts[1]}"
-        e.write(d, f"divide({e.read(a, 'f32')}, {e.read(b, 'f32')}, {kind!r}, w.block.launch.adversary.rounding)", "f32")
+        e.write(
+            d, f"divide({e.read(a, 'f32')}, {e.read(b, 'f32')}, {kind!r}, w.block.launch.adversary.rounding)", "f32"
+        )
     elif i.parts[-1] in ("s32", "u32"):
         kind = i.parts[-1]
         quotient = f"({e.read(a, kind)}.astype('f8') / {e.read(b, kind)})"
@@ -701,7 +733,14 @@ def _shfl(e: _Emitter, i: Instruction) -> None:
 def _redux(e: _Emitter, i: Instruction) -> None:
     _, _, what, kind = i.parts
     d, a, members = i.operands
-    function = {"max": "maximum", "min": "minimum", "add": "add", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}[what]
+    function = {
+        "max": "maximum",
+        "min": "minimum",
+        "add": "add",
+        "and": "bitwise_and",
+        "or": "bitwise_or",
+        "xor": "bitwise_xor",
+    }[what]
     kind = "u32" if kind == "b32" else kind
     e.line(f"w.members({e.site}, {e.read(members, 'b32')})")
     e.write(d, f"np.full(32, np.{function}.reduce({e.read(a, kind)}))", kind)
@@ -731,7 +770,18 @@ def _space(i: Instruction) -> str:
     return spaces[0]
 
 
-_HINTS = ("ca", "cg", "cs", "cv", "wb", "wt", "L1", "L2", "v2", "v4")  # where a line is kept: no change of meaning (9.7.9.1)
+_HINTS = (
+    "ca",
+    "cg",
+    "cs",
+    "cv",
+    "wb",
+    "wt",
+    "L1",
+    "L2",
+    "v2",
+    "v4",
+)  # where a line is kept: no change of meaning (9.7.9.1)
 
 
 def _only_hints(i: Instruction, *others: str) -> None:
@@ -795,7 +845,11 @@ def _st(e: _Emitter, i: Instruction) -> None:
 @_emits("atom")
 def _atom(e: _Emitter, i: Instruction) -> None:
     kind, what = i.parts[-1], i.parts[-2]
-    if _space(i) != "global" or what not in ("exch", "add", "max", "min") or kind not in ("b32", "u32", "s32", "u64", "b64"):
+    if (
+        _space(i) != "global"
+        or what not in ("exch", "add", "max", "min")
+        or kind not in ("b32", "u32", "s32", "u64", "b64")
+    ):
         raise ValueError(i.parts)
     orders = [part for part in i.parts if part in ("relaxed", "acquire", "release", "acq_rel")]
     if not set(i.parts[1:-2]) <= {"global", "gpu", "sys", *orders} or len(orders) > 1:
@@ -879,7 +933,11 @@ def _unguarded(e: _Emitter, i: Instruction) -> None:
 def _mma(e: _Emitter, i: Instruction) -> None:
     _unguarded(e, i)
     _, _, _, shape, left, right, d_kind, a_kind, b_kind, c_kind = i.parts
-    if (left, right, d_kind, c_kind) != ("row", "col", "f32", "f32") or a_kind != b_kind or (shape, 32 if a_kind == "tf32" else 16) not in matrix.SHAPES:
+    if (
+        (left, right, d_kind, c_kind) != ("row", "col", "f32", "f32")
+        or a_kind != b_kind
+        or (shape, 32 if a_kind == "tf32" else 16) not in matrix.SHAPES
+    ):
         raise ValueError(i.opcode)
     if a_kind not in ("bf16", "f16", "tf32"):
         raise ValueError(a_kind)
@@ -893,7 +951,11 @@ def _mma(e: _Emitter, i: Instruction) -> None:
 @_emits("ldmatrix")
 def _ldmatrix(e: _Emitter, i: Instruction) -> None:
     _unguarded(e, i)
-    if i.parts[1:4] != ("sync", "aligned", "m8n8") or i.parts[-1] != "b16" or i.parts[-2] not in ("shared", "shared::cta"):
+    if (
+        i.parts[1:4] != ("sync", "aligned", "m8n8")
+        or i.parts[-1] != "b16"
+        or i.parts[-2] not in ("shared", "shared::cta")
+    ):
         raise ValueError(i.opcode)
     d, source = i.operands
     matrices = int(i.parts[4][1:])

@@ -156,7 +156,13 @@ class Warp:
         self.block.launch.stored(self)
 
     def atomic(
-        self, site: Instruction, address: np.ndarray, mask: np.ndarray | None, operand: np.ndarray, what: str, order: str
+        self,
+        site: Instruction,
+        address: np.ndarray,
+        mask: np.ndarray | None,
+        operand: np.ndarray,
+        what: str,
+        order: str,
     ) -> np.ndarray:
         found = np.zeros(32, operand.dtype)
         chosen = np.ones(32, bool) if mask is None else mask
@@ -196,7 +202,13 @@ class Warp:
         self.block.shared.store(site, self, address[: 8 * matrices], rows.reshape(-1, 4).T, 4)
 
     def copy(
-        self, site: Instruction, target: np.ndarray, source: np.ndarray, size: int, count: np.ndarray, mask: np.ndarray | None
+        self,
+        site: Instruction,
+        target: np.ndarray,
+        source: np.ndarray,
+        size: int,
+        count: np.ndarray,
+        mask: np.ndarray | None,
     ) -> None:
         """cp.async of `count` bytes and zeros up to `size`."""
         if mask is not None:

@@ -106,7 +106,9 @@ class Queue:
         """Until at most `left` groups are under way."""
         while len(self.groups) > left:
             self._run(warp, self.groups.pop(0))
-        busy = {register for group in (*self.groups, self.open) for product in group for register in product.destinations}
+        busy = {
+            register for group in (*self.groups, self.open) for product in group for register in product.destinations
+        }
         for register in self.accumulators.keys() - busy:
             value = self.accumulators.pop(register)
             warp.registers[register] = value.view(warp.registers[register].dtype)
