@@ -6,8 +6,9 @@ type (fp32, or fp64 under the interpreter) and of one shape; the functions do no
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
 binary: w_ci, w_cf, w_co, the peephole weights of each unit; g_scale, the mask on the candidate; cell_clip and
 grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its
-pre-activations, and normalises c_t before `lstm_output`. EXACT: fp32 data whose products keep fp32's precision, for
-which the approximations that are good enough elsewhere would be most of the error. `reference.py` states the same in plain PyTorch, with sources.
+pre-activations, and normalises c_t before `lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for
+which the approximations that are good enough elsewhere would be most of the error. `reference.py` states the same in
+plain PyTorch, with sources.
 """
 
 import triton

@@ -14,7 +14,6 @@ from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import constants
 
-
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
 TILES = {

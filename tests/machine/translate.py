@@ -161,7 +161,7 @@ def _post_dominators(code: Code) -> dict[int, int]:
     """Segment -> where the sides of a branch at its end meet again; END if nowhere before the end."""
     instructions, count = code.program.instructions, len(code.starts)
     successors: list[list[int]] = []
-    for number, start in enumerate(code.starts):
+    for number in range(count):
         end = code.starts[number + 1] if number + 1 < count else len(instructions)
         last = instructions[end - 1]
         follows = code.segment_at[end]
