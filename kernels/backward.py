@@ -24,29 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import (
-    candidate,
-    clipped,
-    lstm_backward_step,
-    lstm_output_backward,
-    rounded_product,
-    zoneout_backward,
-)
+from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
 from .config import Config, Layout
 from .exchange import await_flags, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
-from .norm import load_moments, norm_backward, norm_gates_backward
-from .product import (
-    gate_weights,
-    gates_product,
-    in_registers,
-    recurrent_product,
-    resident_weights,
-    restored,
-    zero_product,
-)
+from .norm import load_moments, norm_gates_backward, norm_state_backward
+from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, restored
 from .tiles import (
     RUNTIME_SIZES,
     begin_sum,
@@ -165,7 +150,7 @@ def lstm_backward_kernel(
         never = step_begin < 0
         dc = in_registers(weights, dc, never, dtype, compute, True, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
 
-    dh_rec = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, 1, compute)
+    dh_rec = tl.zeros(owned.shape, compute)
     last_row = time_of(step_end - 1, length, reverse) * row_stride_t + b * row_stride_b
     last = per_row((last_row * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
     c = tl.load(cells + last, mask=owned, other=0.0).to(compute)
@@ -226,7 +211,7 @@ def lstm_backward_kernel(
                 dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
         if h_mask is not None:
             dh_rec *= own_mask
-        dh += restored(dh_rec, 2, PRECISION)
+        dh += restored(dh_rec, 2, PRECISION, False)
         if zoneout_h is not None:
             dh += dh_old
 
@@ -253,9 +238,9 @@ def lstm_backward_kernel(
             normed = tl.where(live, normed, 0.0)
             dgain_c += dseen * normed
             dbias_c += dseen
-            (dseen,) = norm_backward(
-                (rounded_product(dseen, gain_c),), (normed,), rstd_c, owned, hidden_tile, own_pairs, in_batch, flags,
-                published + 1, H, BLOCK_H, UNITS_FIRST, PROTOCOL,
+            dseen = norm_state_backward(
+                dseen, gain_c, normed, rstd_c, owned, hidden_tile, own_pairs, in_batch, flags, published + 1, H,
+                BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         dc_new += dseen
         di = None

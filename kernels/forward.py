@@ -147,8 +147,8 @@ def lstm_forward_kernel(
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
         # Only for the weights: inputs are often numbers of few digits, which lose nothing.
-        x_i, x_f = restored(x_i, 1, PRECISION), restored(x_f, 1, PRECISION)
-        x_g, x_o = restored(x_g, 1, PRECISION), restored(x_o, 1, PRECISION)
+        x_i, x_f = restored(x_i, 1, PRECISION, False), restored(x_f, 1, PRECISION, False)
+        x_g, x_o = restored(x_g, 1, PRECISION, False), restored(x_o, 1, PRECISION, False)
         if bias is not None:
             b_i, b_f, b_g, b_o = of_gates(bias, direction, unit, H, compute, UNITS_FIRST)
             x_i, x_f, x_g, x_o = x_i + b_i, x_f + b_f, x_g + b_g, x_o + b_o
@@ -217,8 +217,8 @@ def lstm_forward_kernel(
                 acc = tl.where(per_row(restart, UNITS_FIRST), 0.0, acc)
 
         a_i, a_f, a_g, a_o = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
-        a_i, a_f = restored(a_i, 2, PRECISION), restored(a_f, 2, PRECISION)
-        a_g, a_o = restored(a_g, 2, PRECISION), restored(a_o, 2, PRECISION)
+        a_i, a_f = restored(a_i, 2, PRECISION, NORM), restored(a_f, 2, PRECISION, NORM)
+        a_g, a_o = restored(a_g, 2, PRECISION, NORM), restored(a_o, 2, PRECISION, NORM)
         if NORM:
             own_pairs = pairs + (rows * D + direction) * (4 * TILES)
             a_i, a_f, a_g, a_o, mean_z, rstd_z = norm_gates(

@@ -111,6 +111,19 @@ def norm_backward(
 
 
 @triton.jit
+def norm_state_backward(
+    dseen, gain, normed, rstd, owned, hidden_tile, pairs, in_batch, flags, count,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr, PROTOCOL: tl.constexpr,
+):  # fmt: skip
+    """Gradient of gain * normed, the normalised c_t -> that of c_t."""
+    found = norm_backward(
+        (rounded_product(dseen, gain),), (normed,), rstd, owned, hidden_tile, pairs, in_batch, flags, count, H, BLOCK_H,
+        UNITS_FIRST, PROTOCOL,
+    )  # fmt: skip
+    return found[0]
+
+
+@triton.jit
 def norm_gates(
     z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, owned, hidden_tile, pairs, in_batch, flags, count,
     H: tl.constexpr, COUPLED: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr, PROTOCOL: tl.constexpr,

@@ -23,7 +23,7 @@ costs nothing: see `restored`.
 import triton
 import triton.language as tl
 
-from .cell import has_ptx
+from .cell import has_ptx, rounded_product
 from .config import REGISTER_BYTES
 from .exchange import collect
 from .tiles import split_gates
@@ -104,13 +104,16 @@ def nearest(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def restored(product, FACTORS: tl.constexpr, PRECISION: tl.constexpr):
+def restored(product, FACTORS: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr):
     """A sum of products without the bias of its truncated FACTORS: what is left is as large as that of rounding.
 
-    Added to something it costs nothing: the two become one multiply-add.
+    Added to something it costs nothing: the two become one multiply-add. SUMMED: it goes into sums over lanes.
     """
     if has_ptx() and PRECISION == "tf32":
-        return product * (1.0 + FACTORS * DROPPED)
+        if SUMMED:
+            return rounded_product(product, 1.0 + FACTORS * DROPPED)
+        else:
+            return product * (1.0 + FACTORS * DROPPED)
     else:
         return product
 
