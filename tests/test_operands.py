@@ -131,15 +131,15 @@ def test_layouts_are_those_of_the_binary() -> None:
 SAME_UNIT = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}  # and with it the same layouts
 
 
-def default_jobs(inputs: str) -> list[Job]:
-    """Default plans of every bucket of H and of batches: of each kind of product the one with the shallowest chunks.
+def default_jobs() -> list[Job]:
+    """Default plans of every bucket of H, for small batches to large: of each kind of product the one with the shallowest chunks.
 
     Left out: float16, whose layouts are bfloat16's, and ieee, which has no matrix unit. How many rows there are says
     nothing of the layouts, but that 8 never go through wgmma and 64 may through tcgen05.
     """
     kinds: dict[tuple, Job] = {}
     buckets = sorted({bucket_of_hidden_size(hidden_size) for hidden_size in range(1, 2049)})
-    batches = [2**k for k in range(SMALLEST_BATCH.bit_length() - 1, LARGEST_BATCH.bit_length())]
+    batches = (SMALLEST_BATCH, 64, 512, LARGEST_BATCH)
     types = [pair for pair in compile_report.TYPES if pair[0] != "float16" and pair[1] != "ieee"]
     for arch, (dtype, precision), which in itertools.product(KNOWN, types, PASSES):
         for hidden_size, batch in itertools.product(buckets, batches):
@@ -152,7 +152,7 @@ def default_jobs(inputs: str) -> list[Job]:
             unit = "sm_80" if arch == "sm_100" and c.block_b < 64 else SAME_UNIT.get(arch, arch)
             key = (unit, which, dtype, precision, *kind)
             if key not in kinds or c.block_k < kinds[key].config.block_k:
-                kinds[key] = Job(problem, KNOWN[arch], c, "plain", inputs, layouts=True)
+                kinds[key] = Job(problem, KNOWN[arch], c, "plain", "all", layouts=True)
     return list(kinds.values())
 
 
@@ -161,7 +161,7 @@ def test_default_plans_are_free_of_both_patterns() -> None:
     """With every optional input: behind an operand are then all loads that any call has there, the narrowest included.
 
     `perf/compile_report.py --all --layouts --inputs every` has the rest."""
-    for job in default_jobs("all"):
+    for job in default_jobs():
         row = compile_job(job)
         assert row.ok, row.line()
 
@@ -169,9 +169,9 @@ def test_default_plans_are_free_of_both_patterns() -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_the_smallest_operands_with_each_input(inputs: str) -> None:
-    found = [job for job in default_jobs(inputs) if job.config.placement == "local" and job.config.block_h == 16]
-    jobs = {(job.problem.which, job.problem.dtype): job for job in found if job.device.arch == "sm_80"}
-    assert len(jobs) == 4
-    for job in jobs.values():
-        row = compile_job(job)
+    for which, dtype in itertools.product(PASSES, ("bfloat16", "float32")):
+        problem = Problem(which, 16, 16, 1, dtype, "tf32")
+        config = plan(problem, KNOWN["sm_80"]).config
+        assert config.placement == "local"
+        row = compile_job(Job(problem, KNOWN["sm_80"], config, "plain", inputs, layouts=True))
         assert row.ok, row.line()
