@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -60,6 +60,8 @@ def test_a_hundred_schedules_give_the_same_bits(engine: Engine, case: Case, seed
     """Forward and backward, outputs and gradients; and the schedules do differ."""
     first, traces = None, set()
     seeds = engine.share(seeds)
+    if engine.compiled:  # where fp32 in full precision has no matrix unit, and takes three times as long
+        case = replace(case, dtype=torch.float16)
     for seed in seeds:
         with engine(seed) as run:
             results = run_recurrence(case, grid(protocol))

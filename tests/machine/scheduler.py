@@ -37,6 +37,7 @@ class Adversary:
         self.lateness = self.random.choice([0.0, 0.5, 0.95, 1.0])
         self.eagerness = self.random.choice([0.0, 0.5, 1.0])  # of asynchronous copies and products
         self.reversed = self.random.random() < 0.5
+        self.freezes = self.random.random() < 0.5  # now and then a program, until nobody else can go on
 
     def burst(self) -> int:
         return self.random.randint(1, self.longest)
@@ -80,6 +81,7 @@ class Launch:
         self.programs = grid[0] * grid[1] * grid[2]
         self.memory = Memory(spans, code.global_granule, self.programs, adversary)
         self.blocks: list[Block] = []  # under way
+        self.frozen: Block | None = None  # which is not run while another can be
         self.trace: list[tuple[int, int]] = []  # number of the block and of its warp, whenever one went on
 
     def run(self) -> None:
@@ -124,12 +126,18 @@ class Launch:
         def ready(warp: Warp) -> bool:
             return warp.state == RUNNING or (warp.state == WAITING and warp.waiting_since != self.memory.version)
 
+        draw = self.adversary.random
+        if self.adversary.freezes and draw.random() < 0.05:
+            self.frozen = draw.choice(self.blocks)
         for _ in range(4):
-            warp = warps[int(self.adversary.random.random() * len(warps))]
-            if ready(warp):
+            warp = warps[int(draw.random() * len(warps))]
+            if ready(warp) and warp.block is not self.frozen:
                 return warp
         found = [warp for warp in warps if ready(warp)]
-        return self.adversary.random.choice(found) if found else None
+        awake = [warp for warp in found if warp.block is not self.frozen]
+        if found and not awake:
+            self.frozen = None
+        return draw.choice(awake or found) if found else None
 
     def stored(self, warp: Warp) -> None:
         """After a store: something may arrive."""

@@ -80,6 +80,23 @@ def test_the_library_knows_what_it_runs_on(engine: Engine) -> None:
         module(x)
 
 
+@pytest.mark.every_target
+def test_batch_invariance(engine: Engine) -> None:
+    """A row has the same bits in any company; runs with other schedules have them too."""
+    module = LSTM(5, 20, bidirectional=True, backend="triton", batch_invariant=True).half()
+    x = torch.randn(3, 18, 5).half()
+    found = []
+    for seed, rows in enumerate((range(18), [17], [2, 17, 1])):
+        own = x[:, list(rows)].requires_grad_()
+        with engine(seed):
+            out, _ = module(own)
+            out.float().sum().backward()
+        at = list(rows).index(17)
+        found.append((out.detach()[:, at], own.grad[:, at]))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others))
+
+
 def test_a_call_with_an_unaligned_pointer(engine: Engine) -> None:
     """A view that starts in the middle of a 16-byte word takes the same path, or a copy."""
     storage = torch.randn(2 * 3 * 5 + 1)
