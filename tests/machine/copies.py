@@ -56,7 +56,7 @@ class Copies:
 
     def wait_all(self, warp: Warp) -> None:
         self.commit()
-        self.wait(warp, 0)
+        self.wait(warp, left=0)
 
     def _land(self, warp: Warp, copy: Copy) -> None:
         if copy.done:
