@@ -195,7 +195,10 @@ def test_compiled(engine: Engine, part: int) -> None:
     """A few of them on every target, by the compiled kernels."""
     ran = []
 
-    @settings(max_examples=COMPILED, phases=[Phase.generate])
+    @settings(
+        max_examples=COMPILED, phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
     @given(calls())
     def check(call: Call) -> None:
         call = replace(call, seed=4 * call.seed + part)
