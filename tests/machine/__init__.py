@@ -13,13 +13,14 @@ runs instruction by instruction, on the memory of CPU tensors, through Triton's 
 
 The files, in the order of a reader:
 
-    ptx         text -> instructions                    warp        32 lanes, branches that they take apart
-    translate   instructions -> functions of vectors    block       warps and their barrier
-    arithmetic  what instructions compute               scheduler   a launch, and the adversary
-    matrix      mma.sync, ldmatrix, stmatrix            memory      global memory: bounds, late stores, order
-    wgmma       descriptors, swizzles, async groups     shared      shared memory: bounds, races
-    copies      cp.async                                driver      the driver for Triton
-    faults      what is reported
+    ptx           text -> instructions                    warp        32 lanes, branches that they take apart
+    translate     segments -> functions of vectors        block       warps and their barrier
+    instructions  those that compute                      scheduler   a launch, and the adversary
+    accesses      those that reach memory                 memory      global memory: bounds, late stores, order
+    arithmetic    what instructions compute               shared      shared memory: bounds, races
+    matrix        mma.sync, ldmatrix, stmatrix            wgmma       descriptors, swizzles, async groups
+    copies        cp.async                                driver      the driver for Triton
+    faults        what is reported
 
 What is modelled, with sections of the PTX ISA manual 9.1
 - Every global access lies in a tensor of the launch, every shared one in the block's allocation, those of ldmatrix,

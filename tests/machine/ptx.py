@@ -14,6 +14,12 @@ from .faults import MachineError
 SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
 SIZES |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
 
+# NumPy's type of the bits, and bytes, of PTX's types; of packed ones that of an element.
+DTYPES = {"b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "bf16": "u2"}
+DTYPES |= {"b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8"}
+DTYPES |= {"f32x2": "f4", "u16x2": "u2", "s16x2": "i2", "f16x2": "f2", "bf16x2": "u2", "pred": "?"}
+WIDTHS = SIZES | {"f32x2": 8, "u16x2": 4, "s16x2": 4, "f16x2": 4, "bf16x2": 4, "bf16": 2, "tf32": 4}
+
 
 @dataclass(frozen=True)
 class Register:
