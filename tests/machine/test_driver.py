@@ -12,7 +12,7 @@ from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain, functional
 
-from .driver import Machine, running
+from .driver import Machine, _packed, running
 from .faults import Deadlock, LaunchError, MachineError
 
 pytestmark = pytest.mark.machine
@@ -155,5 +155,9 @@ def test_arguments_of_a_wrong_kind() -> None:
         assert mask.isfinite().all()
         with pytest.raises(MachineError, match="mask should be a tensor on the CPU, got: meta"):
             launch(mask=mask.to("meta"))
-        with pytest.raises(MachineError, match="threshold of type fp32"):
-            launch(threshold=0.5)
+    with pytest.raises(MachineError, match="x should be a tensor on the CPU, got: int"):
+        _packed({"x": "u64"}, [("x", "*fp32", 3)])
+    with pytest.raises(MachineError, match="n of type i32 goes into a parameter of type u64"):
+        _packed({"n": "u64"}, [("n", "i32", 3)])
+    with pytest.raises(MachineError, match="takes 1 parameters, the launch has 2"):
+        _packed({"n": "u32"}, [("n", "i32", 3)] * 2)
