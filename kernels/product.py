@@ -87,10 +87,21 @@ def load_weights(
 @triton.jit
 def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """acc += the product of the tile and the weights, each as it is loaded."""
+    # Without a matrix unit a product is a chain of multiply-adds. Over the whole depth its roundings would add up.
+    CHAIN: tl.constexpr = has_ptx() and tile.dtype == tl.float32 and PRECISION == "ieee"
+    onto = tl.zeros_like(acc) if CHAIN else acc
     if UNITS_FIRST:
-        return tl.dot(w, tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        product = tl.dot(w, tile, onto, input_precision=PRECISION, out_dtype=acc.dtype)
     else:
-        return tl.dot(tile, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        product = tl.dot(tile, w, onto, input_precision=PRECISION, out_dtype=acc.dtype)
+    return apart(acc, product) if CHAIN else product
+
+
+@triton.jit
+def apart(acc, product):
+    """acc + product by an addition that the compiler does not merge into the product."""
+    asm: tl.constexpr = "add.rn.f32 $0, $1, $2;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [acc, product], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
