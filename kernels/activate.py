@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +9,7 @@ import triton.language as tl
 from .cell import lstm_forward_step
 from .config import Layout
 from .extras import RUNTIME_EXTRAS, Extras
+from .launch import on_device_of
 from .masks import dropout_scale, step_bits
 from .tiles import RUNTIME_SIZES, load_gates, of_peepholes, per_row, per_unit, runs_reversed, store_gates
 
@@ -77,7 +76,7 @@ def activate(
         del arguments[name]  # what they do comes before or after
     block_b, block_h = 16, min(128, triton.next_power_of_2(hidden_size))
     grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)
-    with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
+    with on_device_of(gates):
         activate_kernel[grid](
             gates, c_prev, batch=layout.batch, seq_len=layout.seq_len, row_stride_t=layout.stride_t,
             row_stride_b=layout.stride_b, H=hidden_size, D=directions, ORDER=order, BLOCK_B=block_b, BLOCK_H=block_h,

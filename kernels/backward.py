@@ -68,6 +68,7 @@ def lstm_backward_kernel(
     lengths,  # [B] int32 or None
     reset,  # [rows] int32 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
+    board,  # int64 or None, see alarm.py
     peephole,  # [D, 3, H] or None: to i, f and o
     gain_hh,  # [D, 4, H] or None: without layer normalisation
     norm_c,  # [D, 2, H] or None: gain and bias
@@ -158,6 +159,7 @@ def lstm_backward_kernel(
     for count in range(step_end - step_begin):
         step = step_end - 1 - count
         active = step < length
+        watch = (board, step)
         time = time_of(step, length, reverse)
         rows = time * row_stride_t + b * row_stride_b
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
@@ -200,10 +202,10 @@ def lstm_backward_kernel(
         if PLACEMENT != "local":
             inner = step + 1 < seq_len  # at the last step anything is read, and not used
             after = time_of(tl.minimum(step + 1, seq_len - 1), length, reverse) * row_stride_t + b * row_stride_b
-            await_flags(flags, (seq_len - 1 - step) * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
+            await_flags(flags, (seq_len - 1 - step) * PUBLISHED, watch, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             dh_rec = recurrent_product(
-                exchanged + (after * D + direction) * (4 * H), inner, None, weights, w_hh, unit, compute, H, 4 * H,
-                True, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
+                exchanged + (after * D + direction) * (4 * H), inner, None, watch, weights, w_hh, unit, compute,
+                H, 4 * H, True, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
             dh_rec = tl.where(inner, dh_rec, 0.0)
             if reset is not None:
@@ -239,7 +241,7 @@ def lstm_backward_kernel(
             dgain_c += dseen * normed
             dbias_c += dseen
             dseen = norm_state_backward(
-                dseen, gain_c, normed, rstd_c, owned, hidden_tile, own_pairs, in_batch, flags, published + 1, H,
+                dseen, gain_c, normed, rstd_c, owned, watch, own_pairs, in_batch, flags, published + 1, H,
                 BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         dc_new += dseen
@@ -269,7 +271,7 @@ def lstm_backward_kernel(
                 z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
             dz_i, dz_f, dz_g, dz_o = norm_gates_backward(
                 da_i, da_f, da_g, da_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean_z, rstd_z, live, owned,
-                hidden_tile, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,
+                watch, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,
                 PROTOCOL,
             )  # fmt: skip
             d_i, d_f, d_g, d_o = publishable_gates(dz_i, dz_f, dz_g, dz_o, dtype)

@@ -12,11 +12,15 @@ sums too. An address is written once per launch, so nothing stale can be met and
 - "mailbox": the data is its own flag. The launcher fills the buffer with EMPTY, a bit pattern
   that no published value has; consumers re-read a tile until the pattern is gone.
 
-Both spin, so a launch that uses one of them is cooperative.
+Both spin, so a launch that uses one of them is cooperative. A program that has spun in vain ends the launch with
+an error, see alarm.py: `watch` is (board, step).
 """
 
 import triton
 import triton.language as tl
+
+from .alarm import GRACE, MARK, PATIENCE, STEP_BITS, TILE_BITS
+from .cell import has_ptx
 
 # The most threads of a program that waits. A smaller tile is loaded by several of them for each of its elements: by
 # volatile loads at different times, while only one of the copies is tested and any of them may be used.
@@ -43,6 +47,31 @@ def publishable_gates(i, f, g, o, dtype: tl.constexpr):
 
 
 @triton.jit
+def here(x):
+    """The int32 x at this place only: what depends on it the compiler does not move out of a loop, into every step."""
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def tell(ptr, word, then: tl.constexpr):
+    """Every thread stores the int64 itself, as warps may come here alone, and goes on once the host can see it."""
+    asm: tl.constexpr = "st.relaxed.sys.global.b64 [$1], $2; membar.sys; " + then + "mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l,l", [ptr, word], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def lose_patience(watch, polls, first, last):
+    """Say for which hidden tiles this program waits; later, when all who wait have said so, stop the device."""
+    board, step = watch
+    if polls == PATIENCE:
+        group = (here(tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)) % (1 << TILE_BITS)
+        tiles = ((((group << TILE_BITS) | last).to(tl.int64)) << TILE_BITS) | first
+        tell(board + 1 + here(tl.program_id(0)), MARK | (tiles << STEP_BITS) | here(step), "")
+    if polls == PATIENCE + GRACE:
+        tell(board + here(0), MARK + here(0).to(tl.int64), "trap; ")
+
+
+@triton.jit
 def raise_flag(flags, tile, count, PROTOCOL: tl.constexpr):
     """Tell the others that this program (`tile` of its batch tile) has published `count` times."""
     if PROTOCOL == "flags":
@@ -53,19 +82,32 @@ def raise_flag(flags, tile, count, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def await_flags(flags, count, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
+def least_flag(flags, tile, count, TILES: tl.constexpr, ACQUIRE: tl.constexpr):
+    """The smallest of the flags."""
+    present = tile < TILES
+    if ACQUIRE:
+        return tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), count))
+    else:
+        return tl.min(tl.load(flags + tile, mask=present, other=count, volatile=True))
+
+
+@triton.jit
+def await_flags(flags, count, watch, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
     """Return once all TILES programs of this batch tile have published `count` times."""
     if PROTOCOL == "flags":
         tile = tl.arange(0, TILES_POW2)
-        present = tile < TILES
-        # The loops carry scalars: Triton 3.7 fails to compile one that carries a tensor of flags.
-        least = tl.min(tl.load(flags + tile, mask=present, other=count, volatile=True))
-        while least < count:
-            least = tl.min(tl.load(flags + tile, mask=present, other=count, volatile=True))
-        # Those polls are relaxed; an acquiring read of each flag orders the loads that follow.
-        least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), count))
-        while least < count:
-            least = tl.min(tl.where(present, tl.atomic_add(flags + tile, 0, mask=present, sem="acquire"), count))
+        # Polls are relaxed; an acquiring read of each flag then orders the loads that follow.
+        for ACQUIRE in tl.static_range(2):
+            polls = 0
+            # The loop carries scalars: Triton 3.7 fails to compile one that carries a tensor of flags.
+            least = least_flag(flags, tile, count, TILES, ACQUIRE)
+            while least < count:
+                polls += 1
+                if has_ptx() and polls >= PATIENCE:
+                    seen = tl.load(flags + tile, mask=tile < TILES, other=count, volatile=True)
+                    late = tl.min(tl.where(seen < count, tile, TILES - 1))
+                    lose_patience(watch, polls, late, late)
+                least = least_flag(flags, tile, count, TILES, ACQUIRE)
         tl.debug_barrier()
 
 
@@ -91,20 +133,34 @@ def fullest(bits, foreign):
 
 
 @triton.jit
-def collect(ptrs, mask, waiting, foreign, PROTOCOL: tl.constexpr):
+def collect(
+    source, depth, mask, waiting, foreign, begin, watch,
+    DEPTH: tl.constexpr, PERIOD: tl.constexpr, EACH: tl.constexpr, PROTOCOL: tl.constexpr,
+):  # fmt: skip
     """Load a tile that other programs publish.
 
-    ptrs: at least as many as the program has threads, see MOST_THREADS. mask: None, or the elements to load; the others
-    are 0. waiting: whether the tile comes from this launch at all;
-    what is loaded otherwise is not awaited. foreign: None, or rows that come from a given state, whose bits may be any.
+    source: [BLOCK_B] pointers to rows of DEPTH values. depth: [.., 1, K], those of the tile, from `begin` on; the tile
+    has an element for every thread of the program, see MOST_THREADS. mask: None, or the elements to load; the others
+    are 0. waiting: whether the tile comes from this launch at all; what is loaded otherwise is not awaited. foreign:
+    None, or rows [BLOCK_B] that come from a given state, whose bits may be any. The programs own EACH values of a row
+    in turn, beginning anew after PERIOD.
     """
+    ptrs = source[:, None] + depth
     if PROTOCOL == "mailbox":
         dtype: tl.constexpr = ptrs.dtype.element_ty
         WORD: tl.constexpr = tl.core.get_int_dtype(dtype.primitive_bitwidth, True)
         FULL: tl.constexpr = 2**dtype.primitive_bitwidth - 1  # EMPTY without its sign
         words = ptrs.to(tl.pointer_type(WORD), bitcast=True)
+        others = None if foreign is None else foreign[:, None]
+        first, last = begin, tl.minimum(begin + depth.numel, DEPTH) - 1
+        if depth.numel >= PERIOD:
+            first, last = 0, PERIOD - 1
         bits = load_at(words, mask, 0, True, "")
-        while waiting & (fullest(bits, foreign) == FULL):
+        polls = 0
+        while waiting & (fullest(bits, others) == FULL):
+            polls += 1
+            if has_ptx() and polls >= PATIENCE:
+                lose_patience(watch, polls, first % PERIOD // EACH, last % PERIOD // EACH)
             bits = load_at(words, mask, 0, True, "")
         tile = bits.to(dtype, bitcast=True)
     elif PROTOCOL == "flags":
@@ -121,7 +177,7 @@ def share(
     second,
     pairs,
     valid,
-    own_tile,
+    watch,
     flags,
     count,
     TILES: tl.constexpr,
@@ -133,15 +189,16 @@ def share(
     tiles end in zeros: up to a power of two, and for every thread to have an element of its own.
     """
     dtype: tl.constexpr = pairs.dtype.element_ty
+    own_tile = tl.program_id(0)
     TILES_POW2: tl.constexpr = triton.next_power_of_2(TILES)
     FEWEST: tl.constexpr = MOST_THREADS // (2 * pairs.shape[0])
     PADDED: tl.constexpr = TILES_POW2 if TILES_POW2 > FEWEST else FEWEST
     tl.store(pairs + 2 * own_tile, publishable(first, dtype), mask=valid)
     tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)
     raise_flag(flags, own_tile, count, PROTOCOL)
-    await_flags(flags, count, TILES, TILES_POW2, PROTOCOL)
+    await_flags(flags, count, watch, TILES, TILES_POW2, PROTOCOL)
     # Both numbers of all programs in one load: one loop that waits, not two.
     k = tl.arange(0, 2 * PADDED)
     mask = valid[:, None] & (k < 2 * TILES)[None, :]
-    both = collect(pairs[:, None] + k[None, :], mask, True, None, PROTOCOL)
+    both = collect(pairs, k[None, :], mask, True, None, 0, watch, 2 * TILES, 2 * TILES, 2, PROTOCOL)
     return tl.split(tl.reshape(both, (both.shape[0], PADDED, 2)))

@@ -64,6 +64,7 @@ def lstm_forward_kernel(
     lengths,  # [B] int32 or None
     reset,  # [rows] int32 or None
     flags,  # [D, batch tiles, hidden tiles] int32 or None
+    board,  # int64 or None, see alarm.py
     x,  # [B, I] or None
     w_ih,  # [D, 4H, I] or None
     bias,  # [D, 4H] or None
@@ -142,7 +143,7 @@ def lstm_forward_kernel(
 
     if PLACEMENT == "single":
         projected = recurrent_product(
-            x + b * INPUTS, False, None, weights, w_ih + direction.to(tl.int64) * (4 * H * INPUTS), unit,
+            x + b * INPUTS, False, None, None, weights, w_ih + direction.to(tl.int64) * (4 * H * INPUTS), unit,
             compute, H, INPUTS, False, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         x_i, x_f, x_g, x_o = split_gates(projected, BLOCK_B, BLOCK_H, UNITS_FIRST)
@@ -155,6 +156,7 @@ def lstm_forward_kernel(
 
     for step in range(step_begin, step_end):
         active = step < length
+        watch = (board, step)
         time = time_of(step, length, reverse)
         rows = time * row_stride_t + b * row_stride_b
         restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
@@ -203,9 +205,9 @@ def lstm_forward_kernel(
                 foreign = restart
             if ALIGNED:  # from Triton 3.8 on, what was known of both pointers is not known of the chosen one
                 source = tl.multiple_of(source, 16)
-            await_flags(flags, step * PUBLISHED, TILES, triton.next_power_of_2(TILES), PROTOCOL)
+            await_flags(flags, step * PUBLISHED, watch, TILES, triton.next_power_of_2(TILES), PROTOCOL)
             acc = recurrent_product(
-                source, step > 0, foreign, weights, w_hh, unit, compute, H, H, False, PRECISION,
+                source, step > 0, foreign, watch, weights, w_hh, unit, compute, H, H, False, PRECISION,
                 PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
             )  # fmt: skip
             if h_0 is None:
@@ -222,7 +224,7 @@ def lstm_forward_kernel(
         if NORM:
             own_pairs = pairs + (rows * D + direction) * (4 * TILES)
             a_i, a_f, a_g, a_o, mean_z, rstd_z = norm_gates(
-                a_i, a_f, a_g, a_o, gain_i, gain_f, gain_g, gain_o, owned, hidden_tile, own_pairs, in_batch, flags,
+                a_i, a_f, a_g, a_o, gain_i, gain_f, gain_g, gain_o, owned, watch, own_pairs, in_batch, flags,
                 step * PUBLISHED + 1, H, COUPLED, BLOCK_H, UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
         i, f, g, o, c_new = lstm_forward_step(
@@ -232,7 +234,7 @@ def lstm_forward_kernel(
         seen = c_new
         if NORM:
             mean_c, rstd_c = moments(
-                (c_new,), owned, hidden_tile, own_pairs + 2 * TILES, in_batch, flags, step * PUBLISHED + 2, H, BLOCK_H,
+                (c_new,), owned, watch, own_pairs + 2 * TILES, in_batch, flags, step * PUBLISHED + 2, H, BLOCK_H,
                 UNITS_FIRST, PROTOCOL,
             )  # fmt: skip
             seen = gain_c * ((c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)) + bias_c

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from .alarm import board_of, raised
 from .config import Config, Layout
 
 Launcher = Callable[..., None]  # the signature of `run`
@@ -114,7 +114,7 @@ class Recurrence:
         """
         config, layout, exchanged = self.config, self.layout, self.first_exchanged
         hidden_tiles = triton.cdiv(self.hidden_size, config.block_h)
-        flags = None
+        flags, waits = None, config.protocol != "none"
         if config.protocol == "flags":
             batch_tiles = triton.cdiv(layout.batch, config.block_b)
             flags = exchanged.new_zeros((self.directions, batch_tiles, hidden_tiles), dtype=torch.int32)
@@ -125,6 +125,7 @@ class Recurrence:
         shared = constants(config, self.hidden_size, self.directions, self.order, self.precision, exchanged.dtype)
         shared |= compile_options(config, nvidia) | {
             "flags": flags,
+            "board": board_of(exchanged.device, self.backward) if waits else None,
             "batch": layout.batch,
             "seq_len": layout.seq_len,
             "row_stride_t": layout.stride_t,
@@ -135,10 +136,32 @@ class Recurrence:
             yield (hidden_tiles, tiles, self.directions), shared | position
 
 
+class LaunchRefused(RuntimeError):
+    """The device does not run this cooperative launch: it cannot, or has no room now for all programs together."""
+
+
+def on_device_of(tensor: torch.Tensor) -> torch.accelerator.device_index:
+    """A block in which launches go to the tensor's device; a tensor on the CPU changes nothing."""
+    return torch.accelerator.device_index(tensor.device.index)
+
+
 def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
-    """Launch a pass on the device of its tensors; `arguments` are the kernel's own."""
-    exchanged = recurrence.first_exchanged
-    device = torch.cuda.device(exchanged.device) if exchanged.is_cuda else contextlib.nullcontext()
-    with device:
+    """Launch a pass on the device of its tensors; `arguments` are the kernel's own.
+
+    RuntimeError if a program has waited in vain, in this launch or in one before.
+    """
+    with on_device_of(recurrence.first_exchanged):
         for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):
-            kernel[grid](**arguments, **shared)
+            try:
+                kernel[grid](**arguments, **shared)
+            except RuntimeError as error:
+                if said := raised():
+                    raise RuntimeError(said) from error
+                if recurrence.config.protocol != "none" and _is_refusal(str(error)):
+                    raise LaunchRefused(str(error).strip()) from error
+                raise
+
+
+def _is_refusal(text: str) -> bool:
+    """CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE and CUDA_ERROR_NOT_SUPPORTED, as Triton words them."""
+    return "cooperative launch" in text or "operation not supported" in text

@@ -16,7 +16,8 @@ class Loop:
     """Instructions of the time loop by name.
 
     own: outside of its inner loops, once a step. chunks: of the inner loops with matrix instructions, once for every
-    chunk of the depth. waits: of the other inner loops, which run while other programs are waited for.
+    chunk of the depth. waits: of the other inner loops, which run while other programs are waited for. What leads to a
+    trap only is no part of a step.
     """
 
     own: dict[str, int]
@@ -60,13 +61,34 @@ def time_loop(listing: str) -> Loop:
         loop: any((name_of(line) or "").startswith(MATRIX) for line in lines[loop[0] : loop[1] + 1]) for loop in inner
     }
     parts: tuple[Counter[str], Counter[str], Counter[str]] = (Counter(), Counter(), Counter())
+    vain = _leads_to_traps(lines, labels, *widest)
     for at in range(widest[0], widest[1] + 1):
         name = name_of(lines[at])
-        if name is not None:
+        if name is not None and at not in vain:
             around = next((loop for loop in inner if loop[0] <= at <= loop[1]), None)  # the narrowest
             parts[0 if around is None else 1 if multiplies[around] else 2][name] += 1
     own, chunks, waits = map(dict, parts)
     return Loop(own, chunks, waits)
+
+
+def _leads_to_traps(lines: list[str], labels: dict[str, int], begin: int, end: int) -> set[int]:
+    """Lines of a loop from which no way leads on but through a trap."""
+    before: dict[int, list[int]] = {}
+    for at in range(begin, end + 1):
+        name, line = name_of(lines[at]) or "", lines[at]
+        if name == "BPT.TRAP":
+            continue
+        target = re.search(r"(\.L\w+)", line) if name.startswith(("BRA", "CALL")) else None
+        if target and target[1] in labels:
+            before.setdefault(labels[target[1]], []).append(at)
+        if not target or re.search(r"@!?U?P\w+|BRA\S* !?U?P\d", line):
+            before.setdefault(at + 1, []).append(at)
+    goes_on, found = {end}, [end]
+    while found:
+        new = [one for one in before.get(found.pop(), ()) if one not in goes_on]
+        goes_on.update(new)
+        found += new
+    return set(range(begin, end + 1)) - goes_on
 
 
 def copied_tiles(ttgir: str) -> int:

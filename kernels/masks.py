@@ -10,13 +10,12 @@ A threshold is a probability in units of 2^-24 (`config.chance`); 24 random bits
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from .config import CHANCE_BITS
+from .launch import on_device_of
 from .tiles import per_row, per_unit, runs_reversed
 
 STEP, RECURRENT, INPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds; the last two of a whole sequence
@@ -97,6 +96,6 @@ def sequence_mask(
     mask = seed.new_empty((seed.shape[0], batch, size), dtype=dtype)
     block = 256
     grid = (batch, triton.cdiv(size, block), seed.shape[0])  # only the first axis is unlimited
-    with torch.cuda.device(seed.device) if seed.is_cuda else contextlib.nullcontext():
+    with on_device_of(seed):
         sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, order, block)
     return mask

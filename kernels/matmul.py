@@ -6,12 +6,11 @@ one has one tile for all: for `batch_invariant`, where that matters more than sp
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from .launch import on_device_of
 from .product import nearest
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32
@@ -67,9 +66,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, p
     out = a.new_empty((a.shape[0], b.shape[1]))
     if out.numel() == 0:
         return out
-    device = torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext()
     grid = (triton.cdiv(out.shape[0], BLOCK_M), triton.cdiv(out.shape[1], BLOCK_N))
-    with device:
+    with on_device_of(a):
         matmul_kernel[grid](
             a,
             b,

@@ -28,7 +28,7 @@ def over_units(tile, UNITS_FIRST: tl.constexpr):
 def moments(
     tiles,
     owned,
-    hidden_tile,
+    watch,
     pairs,
     in_batch,
     flags,
@@ -38,10 +38,10 @@ def moments(
     UNITS_FIRST: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
-    """mean and rstd [BLOCK_B] of every row. pairs, in_batch, flags, count: see `exchange.share`."""
+    """mean and rstd [BLOCK_B] of every row. watch, pairs, in_batch, flags, count: see exchange.py."""
     SIZES: tl.constexpr = len(tiles)
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    own = tl.minimum(H - hidden_tile * BLOCK_H, BLOCK_H) * SIZES
+    own = tl.minimum(H - tl.program_id(0) * BLOCK_H, BLOCK_H) * SIZES
     total = over_units(tl.where(owned, tiles[0], 0.0), UNITS_FIRST)
     for k in tl.static_range(1, SIZES):
         total += over_units(tl.where(owned, tiles[k], 0.0), UNITS_FIRST)
@@ -51,7 +51,7 @@ def moments(
         off = tl.where(owned, tiles[k] - per_row(mean, UNITS_FIRST), 0.0)
         squares += over_units(rounded_product(off, off), UNITS_FIRST)
     if TILES > 1:
-        means, of_squares = share(mean, squares, pairs, in_batch, hidden_tile, flags, count, TILES, PROTOCOL)
+        means, of_squares = share(mean, squares, pairs, in_batch, watch, flags, count, TILES, PROTOCOL)
         tile = tl.arange(0, means.shape[1])
         counts = tl.maximum(tl.minimum(H - tile * BLOCK_H, BLOCK_H), 0) * SIZES
         counts = counts.to(total.dtype)[None, :]
@@ -82,7 +82,7 @@ def norm_backward(
     normed,
     rstd,
     owned,
-    hidden_tile,
+    watch,
     pairs,
     in_batch,
     flags,
@@ -101,7 +101,7 @@ def norm_backward(
         first += over_units(tl.where(owned, d[k], 0.0), UNITS_FIRST)
         second += over_units(tl.where(owned, rounded_product(d[k], normed[k]), 0.0), UNITS_FIRST)
     if TILES > 1:
-        firsts, seconds = share(first, second, pairs, in_batch, hidden_tile, flags, count, TILES, PROTOCOL)
+        firsts, seconds = share(first, second, pairs, in_batch, watch, flags, count, TILES, PROTOCOL)
         first, second = tl.sum(firsts, axis=1), tl.sum(seconds, axis=1)
     mean, slope = per_row(first / (H * SIZES), UNITS_FIRST), per_row(second / (H * SIZES), UNITS_FIRST)
     result = ()
@@ -112,12 +112,12 @@ def norm_backward(
 
 @triton.jit
 def norm_state_backward(
-    dseen, gain, normed, rstd, owned, hidden_tile, pairs, in_batch, flags, count,
+    dseen, gain, normed, rstd, owned, watch, pairs, in_batch, flags, count,
     H: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr, PROTOCOL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of gain * normed, the normalised c_t -> that of c_t."""
     found = norm_backward(
-        (rounded_product(dseen, gain),), (normed,), rstd, owned, hidden_tile, pairs, in_batch, flags, count, H, BLOCK_H,
+        (rounded_product(dseen, gain),), (normed,), rstd, owned, watch, pairs, in_batch, flags, count, H, BLOCK_H,
         UNITS_FIRST, PROTOCOL,
     )  # fmt: skip
     return found[0]
@@ -125,13 +125,13 @@ def norm_state_backward(
 
 @triton.jit
 def norm_gates(
-    z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, owned, hidden_tile, pairs, in_batch, flags, count,
+    z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, owned, watch, pairs, in_batch, flags, count,
     H: tl.constexpr, COUPLED: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr, PROTOCOL: tl.constexpr,
 ):  # fmt: skip
     """The recurrent product of all gates -> normalised, with gains; mean, rstd. A coupled f does not count."""
     tiles = (z_i, z_g, z_o) if COUPLED else (z_i, z_f, z_g, z_o)
     mean, rstd = moments(
-        tiles, owned, hidden_tile, pairs, in_batch, flags, count, H, BLOCK_H, UNITS_FIRST, PROTOCOL
+        tiles, owned, watch, pairs, in_batch, flags, count, H, BLOCK_H, UNITS_FIRST, PROTOCOL
     )  # fmt: skip
     shift, scale = per_row(mean, UNITS_FIRST), per_row(rstd, UNITS_FIRST)
     z_i, z_f = gain_i * ((z_i - shift) * scale), gain_f * ((z_f - shift) * scale)
@@ -141,7 +141,7 @@ def norm_gates(
 
 @triton.jit
 def norm_gates_backward(
-    d_i, d_f, d_g, d_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean, rstd, live, owned, hidden_tile, pairs,
+    d_i, d_f, d_g, d_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean, rstd, live, owned, watch, pairs,
     in_batch, flags, count,
     H: tl.constexpr, COUPLED: tl.constexpr, BLOCK_H: tl.constexpr, UNITS_FIRST: tl.constexpr, PROTOCOL: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def norm_gates_backward(
     d = (d_i, d_g, d_o) if COUPLED else (d_i, d_f, d_g, d_o)
     normed = (n_i, n_g, n_o) if COUPLED else (n_i, n_f, n_g, n_o)
     found = norm_backward(
-        d, normed, rstd, owned, hidden_tile, pairs, in_batch, flags, count, H, BLOCK_H, UNITS_FIRST, PROTOCOL
+        d, normed, rstd, owned, watch, pairs, in_batch, flags, count, H, BLOCK_H, UNITS_FIRST, PROTOCOL
     )  # fmt: skip
     of_f = tl.zeros_like(d_f) if COUPLED else tl.where(live, found[1], 0.0)
     after: tl.constexpr = 1 if COUPLED else 2

@@ -241,24 +241,17 @@ def in_registers(
 
 @triton.jit
 def collect_chunk(
-    source,
-    waiting,
-    foreign,
-    k,
-    DEPTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-):
-    """Depth k of the rows that `source` [BLOCK_B] points to; see `collect`."""
+    source, waiting, foreign, chunk, watch,
+    H: tl.constexpr, DEPTH: tl.constexpr, UNITS_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
+):  # fmt: skip
+    """A chunk of the depth of the rows that `source` [BLOCK_B] points to; see `collect`."""
+    k = depth_of(chunk, BLOCK_K, SPLIT_K)
     inside = None
     if DEPTH % BLOCK_K != 0:
         inside = tl.expand_dims(k < DEPTH, -2)
-    rows = None
-    if foreign is not None:
-        rows = foreign[:, None]
-    tile = collect(source[:, None] + tl.expand_dims(k, -2), inside, waiting, rows, PROTOCOL)
+    depth, begin = tl.expand_dims(k, -2), chunk * BLOCK_K
+    tile = collect(source, depth, inside, waiting, foreign, begin, watch, DEPTH, H, BLOCK_H, PROTOCOL)
     if UNITS_FIRST:
         tile = swapped(tile)
     return tile
@@ -269,6 +262,7 @@ def recurrent_product(
     source,  # [BLOCK_B] pointers to rows of DEPTH values, all of which may be read
     waiting,  # bool: whether this launch publishes them
     foreign,  # [BLOCK_B] bool or None: rows that it does not
+    watch,  # see exchange.py
     weights,  # tuple of chunks, empty unless RESIDENT
     w_hh,
     unit,
@@ -294,14 +288,17 @@ def recurrent_product(
     acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
     if RESIDENT:
         for chunk in tl.static_range(CHUNKS):
-            k = depth_of(chunk, BLOCK_K, SPLIT_K)
-            tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            tile = collect_chunk(
+                source, waiting, foreign, chunk, watch, H, DEPTH, UNITS_FIRST, SPLIT_K, BLOCK_H, BLOCK_K, PROTOCOL
+            )
             acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, PRECISION)
     else:
         for chunk in range(CHUNKS):
             k = depth_of(chunk, BLOCK_K, SPLIT_K)
             w = load_weights(w_hh, unit, k, H, DEPTH, BACKWARD, UNITS_FIRST, BLOCK_B, BLOCK_H)
-            tile = collect_chunk(source, waiting, foreign, k, DEPTH, BLOCK_K, UNITS_FIRST, SPLIT_K, PROTOCOL)
+            tile = collect_chunk(
+                source, waiting, foreign, chunk, watch, H, DEPTH, UNITS_FIRST, SPLIT_K, BLOCK_H, BLOCK_K, PROTOCOL
+            )
             acc = multiply(tile, w, acc, UNITS_FIRST, PRECISION)
     if SPLIT_K > 1:
         acc = sum_slices(acc, SPLIT_K)

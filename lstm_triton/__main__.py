@@ -10,10 +10,9 @@ import torch
 
 from . import doctor
 from .cudnn import Call
-from .device import KNOWN, Device, device_of
+from .device import KNOWN, gpu_here
 from .explain import explain_call
 from .kernels.config import PRECISIONS
-from .planner import NoPlan
 from .precision import resolve_precision
 from .problem import ELEMENT_SIZE
 from .routing import BACKENDS, kernel_device
@@ -56,13 +55,7 @@ def _add_explain(command: argparse.ArgumentParser) -> None:
 
 
 def explain(options: argparse.Namespace) -> str:
-    device: Device | NoPlan
-    if options.gpu:
-        device = KNOWN[options.gpu]
-    elif torch.cuda.is_available():
-        device = device_of(torch.device("cuda"))
-    else:
-        device = kernel_device(torch.device("cpu"))
+    device = KNOWN[options.gpu] if options.gpu else kernel_device(gpu_here() or torch.device("cpu"))
     call = Call(
         options.input_size,
         options.hidden_size,

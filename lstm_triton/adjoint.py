@@ -27,16 +27,14 @@ from .layer import (
     Inputs,
     Options,
     aligned,
-    choose_config,
+    choose_plan,
     extras_of,
     input_mask,
-    kind_of,
     marks_of,
     projected,
     projected_input,
     ready,
 )
-from .precision import matmul_precision
 
 
 def _previous(v: Inputs, options: Options, states: Tensor, start: Tensor | None, fresh: Tensor | None) -> Tensor:
@@ -57,16 +55,15 @@ def operand_of(v: Inputs, options: Options, extras: Extras, out: Tensor) -> Tens
 def product_of(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None = None) -> Tensor:
     """h_{t-1} W_hh^T of all steps by one GEMM for each set of weights, added to `onto` if given: [rows, D, 4H]."""
     result = operand.new_empty((operand.shape[0], *v.w_hh.shape[:2])) if onto is None else onto
-    with matmul_precision(v.x, options.precision):
-        for index in range(v.w_hh.shape[0]):
-            weights = v.w_hh[index].t()
-            if options.batch_invariant:
-                found = options.multiply(operand[:, index], weights)
-                result[:, index] = found if onto is None else result[:, index] + found
-            elif onto is None:
-                torch.mm(operand[:, index], weights, out=result[:, index])
-            else:
-                result[:, index].addmm_(operand[:, index], weights)
+    for index in range(v.w_hh.shape[0]):
+        weights = v.w_hh[index].t()
+        if options.batch_invariant:
+            found = options.multiply(operand[:, index], weights)
+            result[:, index] = found if onto is None else result[:, index] + found
+        elif onto is None:
+            torch.mm(operand[:, index], weights, out=result[:, index])
+        else:
+            result[:, index].addmm_(operand[:, index], weights)
     return result
 
 
@@ -98,7 +95,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """The wanted gradients by name, in types of our own: sums over steps may come in the compute type."""
     layout = options.layout(v.x)
-    config = choose_config("backward", options, v.w_hh, layout.batch, kind_of(v, options.cell))
+    config = choose_plan("backward", v, options).config
     lengths, reset = marks_of(v, layout)
     extras, operand, product = extras_of(v, options), None, None
     # What the products have read is a view of `out`, or has to be put together.
@@ -139,22 +136,21 @@ def backward(
         masked = by_product if extras.h_mask is None else by_product * extras.h_mask
         return masked if by_zoneout is None else masked + by_zoneout
 
-    with matmul_precision(v.x, options.precision):
-        if wanted["w_hh"] and shifted:
-            by_set = out.unflatten(-1, found.dgates.shape[1:2] + (-1,))
-            grads["w_hh"] = recurrent_weight_gradient(by_time, by_set, v.h_0, lengths, options.order)
-        if wanted["h_0"]:
-            through = initial_gradient(by_time, v.w_hh, lengths, by_row, options.order, options.multiply)
-            grads["h_0"] = unstarted(onto_h(through, found.dh_0), given.h_n, lengths)
-        if wanted["c_0"]:
-            grads["c_0"] = found.dc_0
-        if wanted["reset_h"]:
-            assert by_row is not None
-            through = reset_gradient(by_time, v.w_hh, lengths, by_row, options.order, options.multiply)
-            grads["reset_h"] = onto_h(through, found.dh_reset)
-        if wanted["reset_c"]:
-            assert found.dc_reset is not None
-            grads["reset_c"] = found.dc_reset
+    if wanted["w_hh"] and shifted:
+        by_set = out.unflatten(-1, found.dgates.shape[1:2] + (-1,))
+        grads["w_hh"] = recurrent_weight_gradient(by_time, by_set, v.h_0, lengths, options.order)
+    if wanted["h_0"]:
+        through = initial_gradient(by_time, v.w_hh, lengths, by_row, options.order, options.multiply)
+        grads["h_0"] = unstarted(onto_h(through, found.dh_0), given.h_n, lengths)
+    if wanted["c_0"]:
+        grads["c_0"] = found.dc_0
+    if wanted["reset_h"]:
+        assert by_row is not None
+        through = reset_gradient(by_time, v.w_hh, lengths, by_row, options.order, options.multiply)
+        grads["reset_h"] = onto_h(through, found.dh_reset)
+    if wanted["reset_c"]:
+        assert found.dc_reset is not None
+        grads["reset_c"] = found.dc_reset
     return grads
 
 
@@ -175,35 +171,34 @@ def _weight_gradients(
     mask = input_mask(v, options)
     x = v.x if mask is None else v.x * mask
     dprojected = found.dgates
-    with matmul_precision(v.x, options.precision):
-        if v.gain_ih is not None and (wanted["x"] or wanted["w_ih"] or wanted["gain_ih"]):
-            flat = projected(x, v.w_ih, None, options)
-            dprojected, dgain = norm_gates_backward(dprojected, flat, v.gain_ih, options.cell.coupled)
-            if wanted["gain_ih"]:
-                grads["gain_ih"] = dgain
-        by_member = dprojected.view(rows, members, own_gates).transpose(0, 1)
-        if wanted["x"]:
-            weights = v.w_ih.reshape(members, own_gates, v.w_ih.shape[2])
-            if members == 1:
-                dx = options.multiply(by_member[0], weights[0])
-            else:
-                dx = options.multiply(by_member, weights).transpose(0, 1)
-            dx = dx.reshape(v.x.shape)
-            grads["x"] = dx if mask is None else dx * mask
-        if wanted["w_ih"]:
-            x = x.reshape(rows, members, x.shape[-1]).transpose(0, 1)
-            grads["w_ih"] = (by_member.transpose(1, 2) @ x).view(v.w_ih.shape)
-        if wanted["w_hh"] and operand is not None:
-            grads["w_hh"] = of_product.permute(1, 2, 0) @ operand.permute(1, 0, 2)
-        if wanted["bias"]:
-            grads["bias"] = found.dgates.sum(0)
-        if wanted["gain_hh"]:
-            assert product is not None
-            assert stats is not None
-            normed = (product - stats[..., :1]) * stats[..., 1:2]
-            grads["gain_hh"] = (found.dgates * normed).sum(0)
-        for name, sums in (("peephole", found.dpeephole), ("norm_c", found.dnorm_c)):
-            if wanted[name]:
-                assert sums is not None
-                grads[name] = sums.sum(2).transpose(0, 1)
+    if v.gain_ih is not None and (wanted["x"] or wanted["w_ih"] or wanted["gain_ih"]):
+        flat = projected(x, v.w_ih, None, options)
+        dprojected, dgain = norm_gates_backward(dprojected, flat, v.gain_ih, options.cell.coupled)
+        if wanted["gain_ih"]:
+            grads["gain_ih"] = dgain
+    by_member = dprojected.view(rows, members, own_gates).transpose(0, 1)
+    if wanted["x"]:
+        weights = v.w_ih.reshape(members, own_gates, v.w_ih.shape[2])
+        if members == 1:
+            dx = options.multiply(by_member[0], weights[0])
+        else:
+            dx = options.multiply(by_member, weights).transpose(0, 1)
+        dx = dx.reshape(v.x.shape)
+        grads["x"] = dx if mask is None else dx * mask
+    if wanted["w_ih"]:
+        x = x.reshape(rows, members, x.shape[-1]).transpose(0, 1)
+        grads["w_ih"] = (by_member.transpose(1, 2) @ x).view(v.w_ih.shape)
+    if wanted["w_hh"] and operand is not None:
+        grads["w_hh"] = of_product.permute(1, 2, 0) @ operand.permute(1, 0, 2)
+    if wanted["bias"]:
+        grads["bias"] = found.dgates.sum(0)
+    if wanted["gain_hh"]:
+        assert product is not None
+        assert stats is not None
+        normed = (product - stats[..., :1]) * stats[..., 1:2]
+        grads["gain_hh"] = (found.dgates * normed).sum(0)
+    for name, sums in (("peephole", found.dpeephole), ("norm_c", found.dnorm_c)):
+        if wanted[name]:
+            assert sums is not None
+            grads[name] = sums.sum(2).transpose(0, 1)
     return grads

@@ -1,7 +1,11 @@
-"""What the planner needs to know about a GPU, and the GPUs that are compiled for without one."""
+"""What the planner needs to know about a GPU, and the GPUs that are compiled for without one.
+
+Whether a tensor is a GPU's is asked here and nowhere else (`on_gpu`), for tests to put something in a GPU's place.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -58,29 +62,90 @@ KNOWN = {
 INTERPRETER = Device("Triton interpreter", "interpreter", 1, 1 << 30, cooperative=False)
 
 
+COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH of CUDA's driver API
+_refused: set[torch.device] = set()  # devices that have refused a cooperative launch
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether tensors on this device are a GPU's, or on the CPU where Triton's active driver takes them for its own."""
+    return device.type == "cuda" or _stands_in(device)
+
+
+on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a constant of a compiled model
+
+
+def gpu_here() -> torch.device | None:
+    """The GPU that a command uses, or what stands in for one; None without."""
+    found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return found if on_gpu(found) else None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be measured or compared then."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def device_of(device: torch.device) -> Device:
-    """The GPU behind a torch device. Reads its properties once; a MIG slice counts its own SMs."""
+    """The GPU behind a torch device. Reads its properties once; a MIG slice counts its own SMs.
+
+    RuntimeError says why Triton's driver does not start: for want of a C compiler, of Python's headers, of libcuda.
+    """
     found = _device_of(torch.cuda.current_device() if device.index is None else device.index)
-    return found if COOPERATIVE.read() == "1" else replace(found, cooperative=False)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return _limited(found, device)
 
 
 def stand_in(device: torch.device) -> Device | None:
     """What Triton's active driver says it runs on, where that driver takes CPU tensors: it stands in for a GPU."""
-    driver = triton.runtime.driver._active  # never made here: a GPU's driver may not be able to start
-    if device.type != "cpu" or driver is None or driver.get_active_torch_device().type != "cpu":
+    if not _stands_in(device):
         return None
+    driver = triton.runtime.driver.active
     properties = driver.utils.get_device_properties(driver.get_current_device())
     sizes = properties["multiprocessor_count"], properties["max_shared_mem"]
-    return Device("stand-in", f"sm_{driver.get_current_target().arch}", *sizes, cooperative=COOPERATIVE.read() == "1")
+    return _limited(Device("stand-in", f"sm_{driver.get_current_target().arch}", *sizes), device)
+
+
+def plan_without_waiting(device: torch.device) -> None:
+    """From now on no plan for this device has programs that wait for each other."""
+    _refused.add(torch.device(device.type, device.index))
+
+
+def _limited(found: Device, device: torch.device) -> Device:
+    """The device as the environment and its own refusals leave it."""
+    return replace(found, cooperative=False) if COOPERATIVE.read() == "0" or device in _refused else found
+
+
+def _stands_in(device: torch.device) -> bool:
+    driver = triton.runtime.driver._active  # never made here: a GPU's driver may not be able to start
+    return device.type == "cpu" and driver is not None and driver.get_active_torch_device().type == "cpu"
 
 
 @cache
-def _device_of(index: int) -> Device:
+def _device_of(index: int) -> Device | str:
     properties = torch.cuda.get_device_properties(index)
-    # The limit that Triton itself checks a kernel against.
-    shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    try:
+        # The limit that Triton itself checks a kernel against.
+        shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    except Exception as error:  # compilers, loaders and headers that are not there: whatever it is, it is the reason
+        return f"Triton's driver does not start: {type(error).__name__}: {str(error).strip() or 'no message'}"
+    sizes = properties.multi_processor_count, shared_memory
     if torch.version.hip is not None:
-        arch = properties.gcnArchName.split(":")[0]
-        return Device(properties.name, arch, properties.multi_processor_count, shared_memory, cooperative=False)
-    arch = f"sm_{properties.major}{properties.minor}"
-    return Device(properties.name, arch, properties.multi_processor_count, shared_memory)
+        return Device(properties.name, properties.gcnArchName.split(":")[0], *sizes, cooperative=False)
+    return Device(properties.name, f"sm_{properties.major}{properties.minor}", *sizes, _is_cooperative(index))
+
+
+def _is_cooperative(index: int) -> bool:
+    """Whether the device can launch programs that wait for each other; True where it cannot be asked.
+
+    A launch that it refuses all the same is planned again, see `routing.without_waiting`.
+    """
+    found = ctypes.c_int(1)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(found), COOPERATIVE_LAUNCH, index)
+    except (OSError, AttributeError):
+        return True
+    return bool(found.value)

@@ -12,12 +12,12 @@ import torch
 import triton
 
 from ._version import __version__
-from .device import Device, device_of
+from .device import Device
 from .functional import lstm
 from .planner import NoPlan, Plan, plan
 from .problem import PASSES, Problem
 from .routing import kernel_device
-from .settings import VARIABLES
+from .settings import VARIABLES, misspelt
 from .tuning import store
 from .tuning.table import TableError, kernels_hash, load
 
@@ -59,6 +59,8 @@ def _variables() -> Iterator[str]:
     for name in OTHERS_VARIABLES:
         if name in os.environ:
             yield f"  {name} = {os.environ[name]}"
+    for name in misspelt():
+        yield f"  {name} is no variable of lstm_triton"
 
 
 def _gpus() -> Iterator[str]:
@@ -68,7 +70,10 @@ def _gpus() -> Iterator[str]:
     yield f"driver       {driver_version()}"
     for index in range(torch.cuda.device_count()):
         where = torch.device("cuda", index)
-        device = device_of(where)
+        device = kernel_device(where)
+        if isinstance(device, NoPlan):
+            yield f"GPU {index}: {torch.cuda.get_device_properties(index).name}, not usable: {device.reason}"
+            continue
         shared = f"{device.shared_memory} bytes of shared memory"
         yield f"GPU {index}: {device.name}, {device.arch}, {device.multiprocessors} multiprocessors, {shared}"
         for kind, path in (("user", store.user_path(device)), ("shipped", store.SHIPPED / store.file_name(device))):

@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from . import batching as batching  # registers what vmap makes of the operators
 from . import eager, ops, reference
+from .device import on_gpu
 from .kernels.config import PLAIN_CELL, Cell
 from .layer import Inputs
 from .projection import LayerResult, projected_layer
 from .routing import (
     BACKENDS,
     PRECISIONS,
+    Unusable,
     aten_can,
     autocast_is_on,
     check_choice,
@@ -28,6 +30,7 @@ from .routing import (
     warn_once_of_the_loop,
     without_autocast,
 )
+from .settings import strict
 from .validation import Sizes, State, check_call, check_recompute, check_states, reset_state_of
 from .variant import PLAIN, Variant
 
@@ -154,7 +157,7 @@ def lstm(
         if hx is None:
             hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
         return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
-    if refusal and input.is_cuda and not (unmarked and aten_can()):
+    if refusal and on_gpu(device) and not (unmarked and aten_can()):
         warn_once_of_the_loop(refusal)
     seeds = None
     if cell.draws:  # on the device, for CUDA graphs; both directions of a layer have the same
@@ -166,12 +169,20 @@ def lstm(
 
     def run(extras, x, w_ih, w_hh, biases, state, fresh):
         given = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)), *extras)
-        if refusal:
-            with without_autocast(device.type):
-                return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
-        options = (batch_first, bidirectional, _keep(given, recompute, return_states), batch_invariant, precision, plan)
-        out, h_n, c_n, gates, cells, _ = eager.layer(*given, *options, "" if cell == PLAIN_CELL else cell.encode())
-        return LayerResult(out, h_n, c_n, gates, cells)
+        if not refusal:
+            keep = _keep(given, recompute, return_states)
+            options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
+            try:
+                out, h_n, c_n, gates, cells, _ = eager.layer(
+                    *given, *options, "" if cell == PLAIN_CELL else cell.encode()
+                )
+                return LayerResult(out, h_n, c_n, gates, cells)
+            except Unusable:
+                if backend == "triton" or strict() or plan or batch_invariant:
+                    raise
+                # A call like this one is refused from now on, by what was left out.
+        with without_autocast(device.type):
+            return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
 
     results = []
     for index in range(num_layers):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import planner
+from .device import on_gpu
 from .equations import norm_gates
 from .kernels.config import PLAIN_CELL, Cell, Config, Layout
 from .kernels.extras import Extras
@@ -21,14 +22,14 @@ from .kernels.forward import lstm_forward
 from .kernels.masks import sequence_mask
 from .kernels.matmul import matmul
 from .philox import INPUT, RECURRENT
-from .planner import NoPlan, plan_single
-from .precision import matmul_precision
+from .planner import NoPlan, Plan, plan_single
 from .problem import INVARIANT_BATCH, PASSES, Problem
-from .routing import kernel_device, plan_for
+from .routing import Unusable, kernel_device, plan_for, wrong_configs
 from .settings import AUTOTUNE
 
 WEIGHTS = ("peephole", "gain_ih", "gain_hh", "norm_c")  # of the variants of the cell
 DIFFERENTIABLE = ("x", "w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c", *WEIGHTS)
+GIVEN = "the call"  # where a plan came from that an argument gave
 OF_SETS = (*DIFFERENTIABLE[1:], "seed")  # their first axis counts the sets of weights
 
 
@@ -102,20 +103,33 @@ class Options:
         return torch.stack([matmul(one, other, None, self.precision) for one, other in zip(a, b)])
 
 
-def _single_config(v: Inputs, options: Options, layout: Layout) -> Config | None:
-    """The config of a sequence of one step in one launch; None if it is to be computed as any other."""
+def _fits_one_launch(v: Inputs, options: Options, layout: Layout) -> bool:
     if layout.seq_len != 1 or v.x.dim() == 4 or options.batch_invariant or v.gain_ih is not None:
+        return False
+    return v.x.shape[2] > 0 and v.w_ih[0].numel() < 2**31  # something to multiply, by 32-bit offsets inside W_ih
+
+
+def _single_plan(v: Inputs, options: Options, layout: Layout) -> Plan | None:
+    """The plan of a sequence of one step in one launch; None if it is to be computed as any other."""
+    if not _fits_one_launch(v, options, layout):
         return None
-    if v.x.shape[2] == 0 or v.w_ih[0].numel() >= 2**31:
-        return None  # nothing to multiply, or more than 32-bit offsets inside W_ih
     if options.plan:
         config = Config.decode(options.plan.split("|")[0])
-        return config if config.placement == "single" else None
+        return Plan(config, GIVEN) if config.placement == "single" else None
     device = kernel_device(v.w_hh.device)
     if isinstance(device, NoPlan):
         return None
+    problem = problem_of("forward", v, options, layout.batch)
+    chosen = plan_single(problem, device)
+    return None if chosen is None or chosen in wrong_configs(problem, device) else Plan(chosen, "heuristic")
+
+
+def problem_of(which: str, v: Inputs, options: Options, batch: int) -> Problem:
+    """What a plan is asked for."""
     dtype, (sets, _, hidden_size) = str(v.w_hh.dtype).removeprefix("torch."), v.w_hh.shape
-    return plan_single(Problem("forward", hidden_size, layout.batch, sets, dtype, options.precision), device)
+    # One config for all batches: its tiles say in which order a row's sums are made.
+    batch = INVARIANT_BATCH if options.batch_invariant else batch
+    return Problem(which, hidden_size, batch, sets, dtype, options.precision, kind_of(v, options.cell))
 
 
 def refusal(v: Inputs, options: Options) -> str:
@@ -136,9 +150,11 @@ def kind_of(v: Inputs, cell: Cell) -> str:
     return "plain" if plain else "variant"
 
 
-def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, kind: str = "plain") -> Config:
-    """The config of one pass: from the `plan` argument, else from the planner. kind: of the cell."""
-    sets, _, hidden_size = w_hh.shape
+def choose_plan(which: str, v: Inputs, options: Options) -> Plan:
+    """The plan of one pass: from the `plan` argument, else from the planner; Unusable without one."""
+    layout, hidden_size = options.layout(v.x), v.w_hh.shape[2]
+    if which == "forward" and (single := _single_plan(v, options, layout)) is not None:
+        return single
     if options.plan:
         texts = options.plan.split("|")
         if len(texts) != len(PASSES):
@@ -146,22 +162,19 @@ def choose_config(which: str, options: Options, w_hh: Tensor, batch: int, kind: 
         config = Config.decode(texts[PASSES.index(which)])
         if config.placement == "local" and config.block_h < hidden_size:
             raise ValueError(f"placement 'local' needs block_h >= H = {hidden_size}, got {config.block_h}")
-        return config
-    dtype = str(w_hh.dtype).removeprefix("torch.")
-    device = kernel_device(w_hh.device)
+        return Plan(config, GIVEN)
+    device = kernel_device(v.w_hh.device)
     if isinstance(device, NoPlan):
-        raise RuntimeError(f"lstm_triton: {device.reason}")
-    # One config for all batches: its tiles say in which order a row's sums are made.
-    batch = INVARIANT_BATCH if options.batch_invariant else batch
-    problem = Problem(which, hidden_size, batch, sets, dtype, options.precision, kind)
-    if w_hh.is_cuda and AUTOTUNE.read() == "on":
+        raise Unusable(f"lstm_triton: {device.reason}")
+    problem = problem_of(which, v, options, layout.batch)
+    if on_gpu(v.w_hh.device) and AUTOTUNE.read() == "on":
         from .tuning import first_call
 
-        first_call.tune(problem, device, w_hh.device)
+        first_call.tune(problem, device, v.w_hh.device)
     chosen = plan_for(problem, device)
     if isinstance(chosen, NoPlan):
-        raise RuntimeError(f"lstm_triton: {chosen.reason}")
-    return chosen.config
+        raise Unusable(f"lstm_triton: {chosen.reason}")
+    return chosen
 
 
 def ready(tensor: Tensor | None) -> Tensor | None:
@@ -227,34 +240,32 @@ def projected_input(v: Inputs, options: Options) -> Tensor:
 
 def projected(x: Tensor, w_ih: Tensor, bias: Tensor | None, options: Options) -> Tensor:
     rows, (sets, gate_size, input_size) = options.layout(x).rows, w_ih.shape
-    with matmul_precision(x, options.precision):
-        if x.dim() == 4:  # a set of inputs for each member of an ensemble
-            members = x.shape[2]
-            result = x.new_empty((rows, members, sets // members * gate_size))
-            by_member = x.reshape(rows, members, input_size).transpose(0, 1)
-            weights = w_ih.reshape(members, sets // members * gate_size, input_size).transpose(1, 2)
-            if options.batch_invariant:
-                result.copy_(options.multiply(by_member, weights).transpose(0, 1))
-            else:
-                torch.bmm(by_member, weights, out=result.transpose(0, 1))
-            if bias is not None:
-                result += bias.reshape(members, -1)
-            return result.view(rows, sets, gate_size)
-        x, weights = x.reshape(rows, input_size), w_ih.contiguous().flatten(0, 1).t()
+    if x.dim() == 4:  # a set of inputs for each member of an ensemble
+        members = x.shape[2]
+        result = x.new_empty((rows, members, sets // members * gate_size))
+        by_member = x.reshape(rows, members, input_size).transpose(0, 1)
+        weights = w_ih.reshape(members, sets // members * gate_size, input_size).transpose(1, 2)
         if options.batch_invariant:
-            flat = matmul(x, weights, None if bias is None else bias.flatten().contiguous(), options.precision)
+            result.copy_(options.multiply(by_member, weights).transpose(0, 1))
         else:
-            flat = x @ weights if bias is None else torch.addmm(bias.flatten(), x, weights)
+            torch.bmm(by_member, weights, out=result.transpose(0, 1))
+        if bias is not None:
+            result += bias.reshape(members, -1)
+        return result.view(rows, sets, gate_size)
+    x, weights = x.reshape(rows, input_size), w_ih.contiguous().flatten(0, 1).t()
+    if options.batch_invariant:
+        flat = matmul(x, weights, None if bias is None else bias.flatten().contiguous(), options.precision)
+    else:
+        flat = x @ weights if bias is None else torch.addmm(bias.flatten(), x, weights)
     return flat.view(rows, sets, gate_size)
 
 
 def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None) -> Results:
     """The layer; cells and stats are kept only to `save`."""
     layout = options.layout(v.x)
-    config = _single_config(v, options, layout)
+    config = choose_plan("forward", v, options).config
     gates = projection = None
-    if config is None:
-        config = choose_config("forward", options, v.w_hh, layout.batch, kind_of(v, options.cell))
+    if config.placement != "single" or not _fits_one_launch(v, options, layout):
         gates = projected_input(v, options)
     else:
         rows = _masked_input(v, options).view(layout.batch, v.x.shape[2])

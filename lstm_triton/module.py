@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .cudnn import Call
+from .device import on_gpu
 from .functional import States
 from .nested import nested_like, padded_of
 from .routing import aten_can, compute_dtype, exporting, kernel_refusal, possible_refusal, slower_reason, untraced
@@ -113,7 +114,11 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
         weight = self._flat_weights[0]
-        if self.backend == "triton" or self.variant != PLAIN or not (isinstance(weight, Tensor) and weight.is_cuda):
+        if (
+            self.backend == "triton"
+            or self.variant != PLAIN
+            or not (isinstance(weight, Tensor) and on_gpu(weight.device))
+        ):
             return
         if possible_refusal(*self._request(weight)):
             super().flatten_parameters()
@@ -160,11 +165,11 @@ class LSTM(nn.RNNBase):
         dropped = self.training and self.variant.weight_dropout
         if self.batch_invariant or self.recompute != "none" or dropped or self._request(input)[-1] != "plain":
             return ""  # nn.LSTM has none of these
-        if self.backend != "auto" or input.device.type != "cuda" or input.dim() not in (2, 3) or self.proj_size:
+        if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
-        dtype = compute_dtype("cuda", self._flat_weights[0].dtype)  # type: ignore[union-attr]
+        dtype = compute_dtype(input.device.type, self._flat_weights[0].dtype)  # type: ignore[union-attr]
         directions = 2 if self.bidirectional else 1
         call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
         tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
@@ -217,9 +222,10 @@ class LSTM(nn.RNNBase):
         frugal = self.recompute != "none" and torch.is_grad_enabled()
         variant = self.variant.kind(self.training) != "plain" or (self.training and self.variant.weight_dropout)
         plain = unmarked and not return_states and not frugal and not self.batch_invariant and not variant
-        if plain and self.refusal(input.data if packed else input) and aten_can():  # type: ignore[arg-type]
-            hx = of_type(hx, input.data.dtype if packed else input.dtype)  # type: ignore[union-attr]
-            if traced and (torch.is_grad_enabled() or self.weight_ih_l0.is_cuda):
+        data: Tensor = input.data if packed else input  # type: ignore[assignment]
+        if plain and self.refusal(data) and aten_can():
+            hx = of_type(hx, data.dtype)
+            if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
                 return untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:

@@ -33,19 +33,22 @@ config" in the notation of `Config.encode`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import adjoint, reference, windows
+from . import adjoint, first_use, reference, windows
 from . import layer as layers
+from .device import on_gpu
 from .kernels.config import PLAIN_CELL, Cell
-from .kernels.launch import compute_dtype
+from .kernels.launch import LaunchRefused, compute_dtype
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
-from .precision import resolve_precision
-from .routing import warn_once_of_the_loop, without_autocast
+from .precision import matmul_precision, resolve_precision
+from .routing import warn_once_of_the_loop, without_autocast, without_waiting
 
+Result = TypeVar("Result")
 KEEPS = ("nothing", "all", "cells")
 
 
@@ -123,28 +126,50 @@ def compute_layer(
     variants = (peephole, gain_ih, gain_hh, norm_c, seed)
     v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
     options = _options(batch_first, bidirectional, batch_invariant, precision, plan, cell)
-    c_dtype, nothing = _c_dtype(x, batch_invariant), x.new_empty(0)
-    size = window_size(keep)
     reason = layers.refusal(v, options)
     if reason and (keep != "nothing" or batch_invariant or plan):
         raise RuntimeError(f"lstm_triton: {reason}")
-    empty = (nothing, nothing.clone(), nothing.clone())
     if reason:
-        return (*without_kernels(v, batch_first, bidirectional, options.cell), *empty)
+        nothing = x.new_empty(0)
+        return (
+            *without_kernels(v, batch_first, bidirectional, options.cell), nothing, nothing.clone(), nothing.clone()
+        )  # fmt: skip
+    c_dtype = _c_dtype(x, batch_invariant)
+    return _on_kernels(v, options, lambda: _keeping(v, options, keep, c_dtype))
+
+
+def _on_kernels(v: Inputs, options: Options, run: Callable[[], Result]) -> Result:
+    """What surrounds a whole pass: casts are done, GEMMs have the precision of the recurrence.
+
+    Where the device refuses a launch whose programs wait for each other, the pass is computed anew without such.
+    """
+    with without_autocast(v.x.device.type), matmul_precision(v.x.dtype, options.precision):
+        try:
+            return run()
+        except LaunchRefused as refused:
+            without_waiting(v.x.device, refused)
+        return run()
+
+
+def _keeping(
+    v: Inputs, options: Options, keep: str, c_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer by the kernels: out, h_n, c_n and what `keep` says."""
+    size, nothing = window_size(keep), v.x.new_empty(0)
+    empty = (nothing, nothing.clone(), nothing.clone())
     if size:
-        with without_autocast(x.device.type):
-            out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
+        out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
         assert at_h is not None
         assert at_c is not None
         return out, h_n, c_n, at_h, at_c, nothing
     if keep == "nothing":
-        size = windows.size_without_gradient(x, w_hh, batch_first)
-        if size < options.layout(x).seq_len:
-            with without_autocast(x.device.type):
-                out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
+        size = windows.size_without_gradient(v.x, v.w_hh, options.batch_first)
+        if size < options.layout(v.x).seq_len:
+            out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
             return out, h_n, c_n, *empty
-    with without_autocast(x.device.type):
-        out, h_n, c_n, gates, cells, stats = layers.forward(v, options, keep != "nothing", c_dtype)
+    save = keep != "nothing"
+    first_use.ensure_forward(v, options, save, c_dtype)
+    out, h_n, c_n, gates, cells, stats = layers.forward(v, options, save, c_dtype)
     kept = gates if keep == "all" else None, cells, stats
     return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
@@ -215,12 +240,15 @@ def compute_layer_backward(
     options = _options(batch_first, bidirectional, batch_invariant, precision, plan, cell)
     given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
     size = window_size(keep)
-    with without_autocast(x.device.type):
+
+    def run() -> dict[str, Tensor]:
         if size:
-            found = windows.backward(v, options, size, kept_1, kept_2, given, asked)
-        else:
-            gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
-            found = adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+            return windows.backward(v, options, size, kept_1, kept_2, given, asked)
+        first_use.ensure_backward(v, options, given, asked)
+        gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
+        return adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+
+    found = _on_kernels(v, options, run)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
@@ -270,7 +298,7 @@ def _with_a_graph(
     cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: str, wanted: list[bool]
 ) -> list[Tensor]:
     """The wanted gradients as functions that autograd can differentiate again: step by step."""
-    if v.x.is_cuda:
+    if on_gpu(v.x.device):
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
     if cell_of(cell).grad_clip:
         raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")

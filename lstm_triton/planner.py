@@ -60,13 +60,15 @@ def refusal(device: Device, dtype: str, precision: str) -> NoPlan | None:
     return None
 
 
-def plan(problem: Problem, device: Device, table: Table = NO_TABLE) -> Plan | NoPlan:
-    """The config for a problem on a device, or the reason why there is none."""
-    return _plan(replace(problem, batch=bucket_of_batch(problem.batch)), device, table)
+def plan(
+    problem: Problem, device: Device, table: Table = NO_TABLE, without: frozenset[Config] = frozenset()
+) -> Plan | NoPlan:
+    """The config for a problem on a device, or the reason why there is none. without: configs found to be wrong."""
+    return _plan(replace(problem, batch=bucket_of_batch(problem.batch)), device, table, without)
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
+def _plan(problem: Problem, device: Device, table: Table, without: frozenset[Config]) -> Plan | NoPlan:
     none = refusal(device, problem.dtype, problem.precision)
     if none is not None:
         return none
@@ -77,6 +79,10 @@ def _plan(problem: Problem, device: Device, table: Table) -> Plan | NoPlan:
     tuned = None if entry is None else placed(entry.config, problem, device)
     if tuned in found:
         return Plan(tuned, table.name)
+    if found and without:
+        found = [config for config in found if config not in without]
+        if not found:
+            return NoPlan(f"every config for {problem} was wrong on {device.name} when it was checked")
     if not found and problem.norm and not device.cooperative:
         return NoPlan(
             f"layer normalisation spans programs from H = {LARGEST_TILE + 1} on, and then needs a cooperative launch"

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 
 def resolve_precision(precision: str) -> str:
@@ -21,29 +20,56 @@ def resolve_precision(precision: str) -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32" else "ieee"
 
 
-_MATMUL_PRECISION = threading.Lock()
+class _Setting:
+    """The process's precision of fp32 GEMMs, as long as one or more threads need it to be what it is.
+
+    Who needs the same goes along, who needs another waits; the last one gives it back as it was, inherited or explicit.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.users, self.saved = 0, ""  # saved: empty where nothing was changed
+
+    def hold(self, wanted: str) -> None:
+        settings = torch.backends.cuda.matmul
+        with self.changed:
+            while self.users and not _is(settings.fp32_precision, wanted):
+                self.changed.wait()
+            if not self.users and not _is(settings.fp32_precision, wanted):
+                self.saved, settings.fp32_precision = settings.fp32_precision, wanted
+            self.users += 1
+
+    def release(self) -> None:
+        settings = torch.backends.cuda.matmul
+        with self.changed:
+            self.users -= 1
+            if not self.users and self.saved:
+                settings.fp32_precision = "none"  # inherited, as it mostly is
+                if settings.fp32_precision != self.saved:
+                    settings.fp32_precision = self.saved
+                self.saved = ""
+            self.changed.notify_all()
+
+
+def _is(precision: str, wanted: str) -> bool:
+    return precision == wanted or (precision == "none" and wanted == "ieee")
+
+
+_SETTING = _Setting()
 
 
 @contextlib.contextmanager
-def matmul_precision(x: Tensor, precision: str) -> Iterator[None]:
-    """Let cuBLAS use TF32 exactly where the recurrence does.
+def matmul_precision(dtype: torch.dtype, precision: str) -> Iterator[None]:
+    """Let cuBLAS use TF32 exactly where the recurrence does: one such block around a whole pass.
 
-    The setting belongs to the process: it is touched only where it differs, under a lock (backward
-    passes of several GPUs run in threads), and given back as it was, inherited or explicit.
+    The setting belongs to the process. It is touched only where it differs, and while GEMMs are queued; another thread
+    of the process that computes in fp32 meanwhile gets it too.
     """
-    settings, wanted = torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"
-    if x.dtype != torch.float32 or not x.is_cuda:
+    if dtype != torch.float32:
         yield
         return
-    with _MATMUL_PRECISION:
-        saved = settings.fp32_precision
-        if saved == wanted or (saved == "none" and wanted == "ieee"):
-            yield
-            return
-        settings.fp32_precision = wanted
-        try:
-            yield
-        finally:
-            settings.fp32_precision = "none"
-            if settings.fp32_precision != saved:
-                settings.fp32_precision = saved
+    _SETTING.hold("tf32" if precision == "tf32" else "ieee")
+    try:
+        yield
+    finally:
+        _SETTING.release()

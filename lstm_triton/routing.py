@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -18,14 +19,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .cudnn import Call, algorithm
-from .device import INTERPRETER, Device, device_of, stand_in
+from .device import INTERPRETER, Device, device_of, on_gpu, plan_without_waiting, stand_in
 from .kernels.config import PRECISIONS as PRECISIONS
+from .kernels.config import Config
 from .kernels.forward import lstm_forward_kernel
-from .kernels.launch import is_interpreted
+from .kernels.launch import LaunchRefused, is_interpreted
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
 from .problem import PASSES, Problem, bucket_of
-from .settings import COOPERATIVE, strict
+from .settings import misspelt, strict
 from .tuning.store import active_table
 from .tuning.table import Bout, Table
 
@@ -54,12 +56,49 @@ def kernel_device(device: torch.device) -> Device | NoPlan:
         return found
     if device.type != "cuda":
         return NoPlan(f"the tensors are on {device.type}: the kernels run on CUDA and ROCm devices")
-    return device_of(device)
+    try:
+        return device_of(device)
+    except RuntimeError as error:
+        return NoPlan(str(error))
+
+
+class Unusable(RuntimeError):
+    """No plan is left for a layer that kernels were expected to run."""
+
+
+_wrong: dict[tuple[Device, Problem], frozenset[Config]] = {}  # configs found to be wrong, of problems of any batch
 
 
 def plan_for(problem: Problem, device: Device) -> Plan | NoPlan:
     """The plan for a problem, from the tuned table that is active on the device or the heuristic."""
-    return plan(problem, device, active_table(device))
+    return plan(problem, device, active_table(device), wrong_configs(problem, device))
+
+
+def wrong_configs(problem: Problem, device: Device) -> frozenset[Config]:
+    """Those that have been compared with PyTorch and are left out."""
+    return _wrong.get((device, replace(problem, batch=0)), frozenset()) if _wrong else frozenset()
+
+
+def leave_out(problem: Problem, device: Device, config: Config, complaint: str) -> None:
+    """Never plan this config for such a problem again, in this process; one warning."""
+    known = wrong_configs(problem, device)
+    if config not in known:
+        _wrong[device, replace(problem, batch=0)] = known | {config}
+        _refusal.cache_clear()
+        logger.warning(
+            "a config is left out, as its results are wrong on this GPU. Please report it, with what `python -m "
+            "lstm_triton doctor` prints: %s pass, %s, %s: %s",
+            problem.which, problem, config.encode(), complaint,
+        )  # fmt: skip
+
+
+def without_waiting(device: torch.device, refused: LaunchRefused) -> None:
+    """After a cooperative launch that the device has refused: plan without such launches; one warning."""
+    plan_without_waiting(device)
+    logger.warning(
+        "%s has refused a launch whose programs wait for each other (%s): from now on there are none, and large layers "
+        "are slower. LSTM_TRITON_COOPERATIVE=0 says so from the start", device, refused,
+    )  # fmt: skip
 
 
 def _knows_autocast(device_type: str) -> bool:
@@ -98,12 +137,13 @@ def kernel_refusal(
     """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
     if backend == "auto" and exporting():
         return ""  # the operator goes into the program, and runs in plain PyTorch where it must
-    if backend == "auto" and device_type == "cuda" and strict():
+    device = _device(device_type, index)
+    if backend == "auto" and on_gpu(device) and strict():
         backend = "triton"
     reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions, kind)
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
-    if reason and device_type == "cuda":
+    if reason and on_gpu(device):
         _log_once(reason)
     return reason
 
@@ -119,16 +159,19 @@ def possible_refusal(
     kind: str = "plain",
 ) -> str:
     """The same as a question: nothing is raised or logged."""
-    device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    return (
-        _refusal(
-            device,
-            Request(backend, dtype, resolve_precision(precision), hidden_size, directions, kind),
-            COOPERATIVE.read(),  # for the cache, as the next: parts of what `kernel_device` gives
-            stand_in(device),
-        )
-        or _transform()
-    )
+    device = _device(device_type, index)
+    # Neither asks a driver, which may not be able to start.
+    if backend == "torch":
+        return 'backend="torch" asks for it'
+    if backend == "auto" and not on_gpu(device):
+        return f"the tensors are on {device_type}: the kernels run on CUDA and ROCm devices"
+    _warn_of_misspelt_variables()
+    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions, kind)
+    return _refusal(kernel_device(device), request) or _transform()
+
+
+def _device(device_type: str, index: int | None) -> torch.device:
+    return torch.device(device_type) if index is None else torch.device(device_type, index)
 
 
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which
@@ -180,13 +223,6 @@ aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `ker
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=4096)
-def _refusal(device: torch.device, request: Request, cooperative: str, standing_in: Device | None) -> str:
-    if request.backend == "auto" and device.type == "cpu":
-        return "the tensors are on cpu: the kernels run on CUDA and ROCm devices"
-    return refusal_on(kernel_device(device), request)
-
-
 def refusal_on(target: Device | NoPlan, request: Request) -> str:
     """`kernel_refusal` for a GPU that need not be here."""
     if request.backend == "torch":
@@ -206,6 +242,9 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
                 f"the {which} pass would need one launch a step on {target.name}, which PyTorch's own LSTM does better"
             )
     return ""
+
+
+_refusal = lru_cache(maxsize=4096)(refusal_on)
 
 
 def slower_reason(device: torch.device, call: Call, precision: str, training: bool, single_step: bool) -> str:
@@ -260,6 +299,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise the ValueError of an argument that is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got: {value!r}")
+
+
+@cache
+def _warn_of_misspelt_variables() -> None:
+    for name in misspelt():
+        logger.warning("%s is no variable of lstm_triton: `python -m lstm_triton doctor` lists them", name)
 
 
 @cache

@@ -39,7 +39,7 @@ CACHE_DIR = Variable(
     "LSTM_TRITON_CACHE_DIR",
     "",
     (),
-    "folder of the tables that `tune` writes; default: the platform's cache folder",
+    "folder of the tables that `tune` writes and of what has been checked; default: the platform's cache folder",
 )
 STRICT = Variable(
     "LSTM_TRITON_STRICT",
@@ -54,11 +54,25 @@ COOPERATIVE = Variable(
     "0: no plan whose programs wait for each other inside a launch; what does not fit one program then takes one "
     'launch a step with backend="triton", and PyTorch\'s path with "auto"',
 )
-VARIABLES = (AUTOTUNE, CACHE_DIR, COOPERATIVE, STRICT)
+CHECK = Variable(
+    "LSTM_TRITON_CHECK",
+    "first",
+    ("first", "off", "always"),
+    "first: before a GPU runs a config for the first time it is compared with plain PyTorch on a tiny problem, and "
+    "left out if it is wrong; always: in every process anew; off: never",
+)
+VARIABLES = (AUTOTUNE, CACHE_DIR, CHECK, COOPERATIVE, STRICT)
+OF_SCRIPTS = ("LSTM_TRITON_COMMIT", "LSTM_TRITON_LIMITS", "LSTM_TRITON_REHEARSAL")  # perf/ reads these
+
+
+def misspelt() -> list[str]:
+    """Variables of the environment that look like ours and are not."""
+    known = {*(variable.name for variable in VARIABLES), *OF_SCRIPTS}
+    return sorted(name for name in os.environ if name.startswith("LSTM_TRITON_") and name not in known)
 
 
 def cache_dir() -> Path:
-    """Where this user's tuned tables are; it need not exist."""
+    """Where this user's tuned tables and checks are; it need not exist."""
     folder = CACHE_DIR.read()
     if folder:
         return Path(folder)

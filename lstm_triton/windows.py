@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adjoint, layer
+from . import adjoint, first_use, layer
 from .hoisted import ways
 from .kernels.launch import compute_dtype
 from .layer import Cotangents, Inputs, Options
@@ -95,7 +95,9 @@ def forward(
             if at_h is not None and at_c is not None:
                 at_h[index, which], at_c[index, which] = h, c
             one_way = replace(options, order=order, time_begin=start)
-            part, h, c, *_ = layer.forward(window._replace(h_0=h, c_0=c), one_way, False, compute)
+            window = window._replace(h_0=h, c_0=c)
+            first_use.ensure_forward(window, one_way, False, compute)
+            part, h, c, *_ = layer.forward(window, one_way, False, compute)
             out.narrow(time, start, end - start)[:, :, which] = part.unflatten(-1, (-1, hidden))
         h_n[which], c_n[which] = h, c
     return torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], sets * hidden]), h_n, c_n, at_h, at_c
@@ -120,6 +122,7 @@ def backward(
         for index, start, end in reversed(list(_windows(seq_len, size, reverse))):
             window = _restrict(v, options, start, end, which)._replace(h_0=at_h[index, which], c_0=at_c[index, which])
             one_way = replace(options, order=order, time_begin=start)
+            first_use.ensure_forward(window, one_way, True)
             out, _, _, gates, cells, stats = layer.forward(window, one_way, True)
             assert gates is not None
             assert cells is not None
@@ -127,7 +130,9 @@ def backward(
             if dout is not None:
                 dout = dout.unflatten(-1, (sets, hidden)).narrow(time, start, end - start)[:, :, which].flatten(2)
             asked = {**wanted, "h_0": True, "c_0": True}
-            parts = adjoint.backward(window, one_way, out, gates, cells, stats, Cotangents(dout, dh, dc), asked)
+            cotangents = Cotangents(dout, dh, dc)
+            first_use.ensure_backward(window, one_way, cotangents, asked)
+            parts = adjoint.backward(window, one_way, out, gates, cells, stats, cotangents, asked)
             dh, dc = parts.pop("h_0"), parts.pop("c_0")
             assert dh is not None
             assert dc is not None

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from lstm_triton.kernels.alarm import board_of
 from lstm_triton.kernels.exchange import await_flags, collect, publishable, raise_flag
 from rows import Row, device_here, digits, provenance, start, write_rows
 from shapes import DTYPES, Shape
@@ -37,6 +38,7 @@ def exchange_kernel(
     buffer,  # [steps, ROWS, TILES * UNITS]
     flags,  # [TILES] int32 or None
     sums,  # [TILES]
+    board,  # see lstm_triton/kernels/alarm.py
     steps,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,8 +57,10 @@ def exchange_kernel(
         at = (step * ROWS + row)[:, None] * WIDTH
         tl.store(buffer + at + unit[None, :], publishable(value, tl.bfloat16))
         raise_flag(flags, tile, step + 1, PROTOCOL)
-        await_flags(flags, step + 1, TILES, TILES, PROTOCOL)
-        block = collect(buffer + at + column[None, :], None, True, None, PROTOCOL)
+        watch = (board, step)
+        await_flags(flags, step + 1, watch, TILES, TILES, PROTOCOL)
+        rows = buffer + (step * ROWS + row) * WIDTH
+        block = collect(rows, column[None, :], None, True, None, 0, watch, WIDTH, WIDTH, UNITS, PROTOCOL)
         collected = tl.sum(block.to(tl.float32))
         total += collected
         value = value * 0.5 + collected * 0.0  # the next tile depends on what was collected
@@ -71,8 +75,9 @@ def exchange(tiles: int, steps: int, protocol: str, device: str) -> torch.Tensor
         buffer.view(torch.int16).fill_(-1)
     sums = torch.empty(tiles, device=device)
     exchange_kernel[(tiles,)](
-        buffer, flags, sums, steps, tiles, ROWS, UNITS, protocol, num_warps=4, launch_cooperative_grid=True
-    )
+        buffer, flags, sums, board_of(buffer.device, False), steps, tiles, ROWS, UNITS, protocol, num_warps=4,
+        launch_cooperative_grid=True,
+    )  # fmt: skip
     return sums
 
 

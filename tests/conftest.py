@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     os.environ["LSTM_TRITON_CACHE_DIR"] = folder.name
+    os.environ["LSTM_TRITON_CHECK"] = "off"  # configs are what most tests are about
     import torch
 
     torch.set_num_threads(1)

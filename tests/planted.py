@@ -6,8 +6,9 @@ import ast
 import importlib.util
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import lstm_triton.kernels
@@ -27,8 +28,12 @@ def plant(folder: Path, name: str, *changes: tuple[str, str]) -> ModuleType:
     return load(folder, name, source)
 
 
-def plant_everywhere(folder: Path, name: str, *changes: tuple[str, str]) -> dict[str, ModuleType]:
+def plant_everywhere(
+    folder: Path, name: str, *changes: tuple[str, str], also: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> dict[str, ModuleType]:
     """kernels/`name`.py with every change applied, and copies of all modules that import it, which use the changed one.
+
+    also: one change each of modules among those.
 
     Changing a module's globals would not do: compiled kernels are kept by the functions they were made of.
     """
@@ -42,6 +47,11 @@ def plant_everywhere(folder: Path, name: str, *changes: tuple[str, str]) -> dict
     while affected:
         other = next(one for one in sorted(affected) if not waiting[one] & affected)
         source = sources[other]
+        if other in also:
+            old, new = also[other]
+            if source.count(old) != 1:
+                raise ValueError(f"{other}.py has {source.count(old)} places that read {old!r}, expected one")
+            source = source.replace(old, new)
         for planted, module in made.items():
             source = source.replace(f"from .{planted} import", f"from .{module.__name__.rpartition('.')[2]} import")
         made[other] = load(folder, other, source)

@@ -62,7 +62,11 @@ def test_one_config_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "kernel_device", lambda device: KNOWN["sm_90"])
     w_hh = torch.empty(1, 4096, 1024, device="meta", dtype=torch.bfloat16)
     options = layer.Options(False, "forward", True, "tf32", "", PLAIN_CELL)
-    invariant = {layer.choose_config("forward", options, w_hh, batch) for batch in (1, 16, 100, 1000)}
+    nothing = dict.fromkeys(layer.Inputs._fields)
+    inputs = [
+        layer.Inputs(**{**nothing, "x": w_hh.new_empty(2, batch, 8), "w_hh": w_hh}) for batch in (1, 16, 100, 1000)
+    ]
+    invariant = {layer.choose_plan("forward", v, options).config for v in inputs}
     assert len(invariant) == 1
     plans = {
         layer.plan_for(Problem("forward", 1024, batch, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..device import Device
+from ..device import Device, is_capturing
 from ..planner import NoPlan, plan
 from ..problem import Bucket, Problem, bucket_of
 from . import store
@@ -24,10 +24,8 @@ def tune(problem: Problem, device: Device, where: torch.device) -> None:
     bucket = bucket_of(problem)
     if (device, bucket) in _TRIED or bucket in store.active_table(device).entries:
         return
-    if where.type == "cuda":
-        with torch.cuda.device(where):
-            if torch.cuda.is_current_stream_capturing():
-                return  # nothing can be timed inside a graph; the first call outside one will
+    if is_capturing(where):
+        return  # nothing can be timed inside a graph; the first call outside one will
     _TRIED.add((device, bucket))
     if store.is_shared():
         logger.warning("LSTM_TRITON_AUTOTUNE=on tunes nothing under torch.distributed: run `tune` before")

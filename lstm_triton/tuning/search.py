@@ -7,7 +7,6 @@ A config that fails is recorded with its error, warned about once, and skipped.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +76,7 @@ def search(
         return replace(known, complete=True)
     complete = True
     # Events and streams are the current device's.
-    guard = torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
+    guard = torch.accelerator.device_index(where.index)
     try:
         with guard:
             scratch = Scratch(problem, device, where)
@@ -239,7 +238,7 @@ class Scratch:
             bidirectional = self.problem.directions == 2  # more are an ensemble's
             return reference.ensemble_forward(*v, batch_first=False, bidirectional=bidirectional, cell=PLAIN_CELL)[:3]
 
-        with matmul_precision(self.x.to(dtype), self.problem.precision):
+        with matmul_precision(dtype, self.problem.precision):
             return self._results(run, dtype)
 
     def _by_kernels(self, config: Config) -> list[Tensor]:

@@ -27,7 +27,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..device import Device
+from ..device import Device, gpu_here, on_gpu
 from ..kernels.compile import compile_pass
 from ..planner import NoPlan, plan
 from ..problem import PASSES, Bucket, Problem, bucket_of
@@ -111,10 +111,10 @@ def _sizes(word: str, where: str) -> tuple[int, int, int]:
 def run(options: argparse.Namespace) -> int:
     """ValueError, RuntimeError and OSError are the user's to read; nothing is written then."""
     shapes = parse_shapes(options.shapes, options.dtype)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = gpu_here() or torch.device("cpu")
     device = kernel_device(where)
     if isinstance(device, NoPlan):
-        here = "there is none here" if where.type == "cpu" else device.reason
+        here = device.reason if on_gpu(where) else "there is none here"
         raise RuntimeError(f"tuning measures on a GPU: {here}")
     for shape in shapes:
         for problem in shape.problems():
@@ -162,7 +162,7 @@ class Tuner:
                         # A third of the time for each pass, the rest for the contest.
                         self._search(problem, time.monotonic() + left / 3, pool, bar)
                     done.add(bucket_of(problem))
-                if self.where.type == "cuda" and time.monotonic() < deadline:
+                if on_gpu(self.where) and time.monotonic() < deadline:
                     bar.set_postfix_str(f"against nn.LSTM H={shape.hidden_size} B={shape.batch} {shape.dtype}")
                     self._contest(shape, pool)
                 bar.update()

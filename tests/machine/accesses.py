@@ -133,6 +133,13 @@ def _fence(e: Emitter, i: Instruction) -> None:
     e.line("w.block.shared.fence_proxy(w)")
 
 
+@emits("membar")
+def _membar(e: Emitter, i: Instruction) -> None:
+    if i.opcode != "membar.sys":
+        raise ValueError(i.opcode)
+    # Only before a trap so far: the host's view is the newest value of everything.
+
+
 @emits("cvta")
 def _cvta(e: Emitter, i: Instruction) -> None:
     if i.opcode != "cvta.to.global.u64":

@@ -21,7 +21,7 @@ from triton.runtime.cache import get_cache_manager
 from .faults import LaunchError, MachineError
 from .memory import Span
 from .ptx import SIZES
-from .scheduler import Adversary, Launch
+from .scheduler import LOOKS, Adversary, Launch
 from .translate import code_of
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -44,7 +44,9 @@ _SCALARS |= {"u64": "u8", "fp32": "f4", "fp64": "f8", "f32": "f4", "f64": "f8"}
 
 
 class Machine:
-    """The driver. arch: "sm_80", ...; multiprocessors: of the device that it stands for.
+    """The driver. arch: "sm_80", ...; multiprocessors: of the device that it stands for; free: those of them that a
+    launch finds free, which a device does not tell. looks: how often everybody who waits looks once more, and nothing has
+    changed, until that is a deadlock.
 
     adversary: makes the adversary of the launch with a given number. edit: changes a kernel's PTX before it is run.
     After a run `launches` has the names of the kernels that ran, and `trace` which warps ran, in order.
@@ -56,11 +58,14 @@ class Machine:
         adversary: Callable[[int], Adversary] = Adversary,
         multiprocessors: int | None = None,
         edit: Callable[[str], str] = str,
+        free: int | None = None,
+        looks: int = LOOKS,
     ) -> None:
         if arch not in TARGETS:
             raise MachineError(f"the machine stands for {', '.join(TARGETS)}, not for {arch!r}")
-        self.arch, self.adversary, self.edit = arch, adversary, edit
+        self.arch, self.adversary, self.edit, self.looks = arch, adversary, edit, looks
         self.multiprocessors = multiprocessors or MULTIPROCESSORS[arch]
+        self.free = self.multiprocessors if free is None else free
         self.launches: list[str] = []
         self.trace: list[tuple[int, int]] = []
         self.launcher_cls = _Launcher
@@ -103,20 +108,20 @@ class Machine:
         if together and programs > self.resident(threads, metadata.shared):
             raise LaunchError(
                 f"{code.program.name}: a cooperative launch of {programs} programs, of which only "
-                f"{self.resident(threads, metadata.shared)} fit on {self.multiprocessors} multiprocessors together"
+                f"{self.resident(threads, metadata.shared)} fit on {self.free} multiprocessors together"
             )
         parameters, spans = _packed(code.program.parameters, launcher.arguments(values))
         adversary = self.adversary(len(self.launches))
         self.launches.append(code.program.name)
         if programs:
-            launch = Launch(code, grid, threads, metadata.shared, parameters, spans, together, adversary)
+            launch = Launch(code, grid, threads, metadata.shared, parameters, spans, together, adversary, self.looks)
             launch.run()
             self.trace += launch.trace
 
     def resident(self, threads: int, shared: int) -> int:
         """Programs that are on the device at once, each taking all the registers that it may."""
         each = max(1, min(65_536 // (256 * threads), (SHARED_KIB[self.arch] + 1) // (shared // 1024 + 1)))
-        return each * self.multiprocessors
+        return each * self.free
 
 
 class _Launcher:

@@ -32,5 +32,15 @@ class Deadlock(Fault):
     """Nobody can go on."""
 
 
-class LaunchError(Fault):
-    """The device refuses the launch."""
+class LaunchError(Fault, RuntimeError):
+    """The device refuses the launch: what Triton raises for it, with more to say."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"Triton Error [CUDA]: too many blocks in cooperative launch: {what}")
+
+
+class Trap(Fault, RuntimeError):
+    """A program has stopped the device: what CUDA says from then on, with more to say."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"CUDA error: unspecified launch failure: {what}")

@@ -21,7 +21,7 @@ from .warp import DONE, RUNNING, WAITING, Warp
 if TYPE_CHECKING:
     from .translate import Code
 
-ROUNDS = 3  # in which everybody has looked once more, and nothing has changed: a deadlock
+LOOKS = 3  # at which everybody has looked once more, and nothing has changed: a deadlock
 PATIENCE = 100_000  # segments of one launch without any visible change
 
 
@@ -74,7 +74,9 @@ class Launch:
         spans: list[Span],
         together: bool,
         adversary: Adversary,
+        looks: int = LOOKS,
     ) -> None:
+        self.looks = looks
         self.code, self.grid, self.warps, self.shared_size = code, grid, threads // 32, shared_size
         self.parameters, self.together, self.adversary = parameters, together, adversary
         self.name = code.program.name
@@ -111,7 +113,7 @@ class Launch:
                     continue
                 looked += 1
                 waiting = [warp for warp in warps if warp.state == WAITING]
-                if looked > ROUNDS * len(warps) or not waiting:
+                if looked > self.looks * len(warps) or not waiting:
                     raise Deadlock(self._who_waits())
                 warp = adversary.random.choice(waiting)
             warp.state = RUNNING

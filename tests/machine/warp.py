@@ -13,7 +13,7 @@ import numpy as np
 
 from .arithmetic import LANES
 from .copies import Copies, Copy
-from .faults import Divergence, Fault
+from .faults import Divergence, Trap
 from .wgmma import Queue
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Warp:
         return f"{self.name}, {site}: {what}"
 
     def trap(self, site: Instruction) -> int:
-        raise Fault(self.report(site, "trap"))
+        raise Trap(self.report(site, "trap"))
 
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

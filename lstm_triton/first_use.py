@@ -1,0 +1,180 @@
+"""Before a GPU runs a config for the first time it is compared with plain PyTorch: see `comparison.py`.
+
+Compilers have turned kernels like these into garbage, on one target and with one optional input. What is found is
+remembered in the cache folder, by GPU, driver, Triton and source of the kernels; what is wrong is left out, and the
+planner asked again. LSTM_TRITON_CHECK says whether. Nothing is compared while a CUDA graph is captured, and no config
+that a tuned table or an argument names: it has been measured and checked, or asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.errors import TritonError
+
+from . import comparison
+from .device import Device, is_capturing, on_gpu
+from .kernels.config import Config
+from .layer import Cotangents, Inputs, Options, choose_plan, problem_of
+from .planner import NoPlan
+from .problem import bucket_of_batch
+from .routing import kernel_device, leave_out
+from .settings import CHECK, cache_dir
+from .tuning.table import kernels_hash
+
+_settled: set[tuple] = set()  # calls whose configs are known to be right, or are not to be compared
+_found: dict[tuple[Path, str], str] = {}  # complaints about configs in this process, "" for none
+logger = logging.getLogger("lstm_triton")
+
+
+def ensure_forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None) -> None:
+    """Have the planner's config of a forward pass compared, to `save` also that of the pass back; leave out wrong ones.
+
+    `routing.Unusable` if none is left.
+    """
+    if _to_be_compared(v):
+        _ensure("forward", v, options, save, c_dtype, Cotangents(None, None, None), {})
+        if save:
+            # What is wrong with the pass back is best known while the call can still go another way.
+            wanted = dict.fromkeys(comparison.DIFFERENTIABLE, True)
+            _ensure("backward", v, options, save, None, Cotangents(v.x, None, None), wanted)
+
+
+def ensure_backward(v: Inputs, options: Options, given: Cotangents, wanted: Mapping[str, bool]) -> None:
+    """The same of a backward pass with these gradients given."""
+    if _to_be_compared(v):
+        _ensure("backward", v, options, True, None, given, wanted)
+
+
+def _to_be_compared(v: Inputs) -> bool:
+    return on_gpu(v.x.device) and CHECK.read() != "off"
+
+
+def _ensure(
+    which: str,
+    v: Inputs,
+    options: Options,
+    save: bool,
+    c_dtype: torch.dtype | None,
+    given: Cotangents,
+    wanted: Mapping[str, bool],
+) -> None:
+    layout, names = options.layout(v.x), tuple(tensor is not None for tensor in (*v, *given))
+    single = layout.seq_len == 1
+    call = (
+        which, v.x.device, v.x.dtype, v.x.dim(), v.w_hh.shape, v.x.shape[-1] if single else 0, names, save, c_dtype,
+        bucket_of_batch(layout.batch), single, options.order, options.batch_invariant, options.precision, options.cell,
+        options.plan, None if v.c_0 is None else v.c_0.dtype,
+    )  # fmt: skip
+    if call in _settled:
+        return
+    device = kernel_device(v.x.device)
+    assert not isinstance(device, NoPlan)
+    while True:
+        plan = choose_plan(which, v, options)
+        if plan.source != "heuristic":
+            break
+        forward = plan.config if which == "forward" else choose_plan("forward", v, options).config
+        backward = None if which == "forward" else plan.config
+        key = _key(which, forward, backward, call)
+        complaint = _known(device, key)
+        if complaint is None:
+            if is_capturing(v.x.device):
+                return
+            try:
+                complaint = comparison.complaint(which, forward, backward, v, options, save, c_dtype, given, wanted)
+            except torch.OutOfMemoryError:
+                return  # compared another time
+            except Exception as error:  # what cannot be compiled is left out like what is wrong; all else is the call's
+                if not isinstance(error, TritonError) and "PassManager" not in str(error):
+                    raise
+                complaint = f"does not compile: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+            _remember(device, key, complaint)
+        if not complaint:
+            break
+        _settled.clear()  # another call may have had this config
+        leave_out(problem_of(which, v, options, layout.batch), device, plan.config, complaint)
+    _settled.add(call)
+
+
+def _key(which: str, forward: Config, backward: Config | None, call: tuple) -> str:
+    """What a binary depends on, as a text: no device, no batch; of the cell's numbers only whether they are 0."""
+    _, _, dtype, dims, shape, inputs, names, save, c_dtype, _, single, order, _, precision, cell, _, c_0 = call
+    given = "".join(str(int(name)) for name in names)
+    of_cell = "".join(str(int(bool(value))) for value in vars(cell).values())
+    configs = "|".join(config.encode() for config in (forward, backward) if config is not None)
+    return f"{which} {dtype} {dims} {tuple(shape)} {inputs} {given} {save} {c_dtype} {single} {order} {precision} " + (
+        f"{of_cell} {c_0} {configs}"
+    )
+
+
+def record_path(device: Device) -> Path:
+    """Where comparisons on this GPU are remembered, with this driver, this Triton and these kernels."""
+    made = (device.name, device.arch, driver_version(), triton.__version__, torch.__version__, kernels_hash())
+    digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+    return cache_dir() / "checks" / f"{device.arch}-{digest}.jsonl"
+
+
+@cache
+def driver_version() -> str:
+    """The NVIDIA driver's, or the newest CUDA that it knows; on AMD that of ROCm."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        if torch.version.hip or not torch.cuda.is_available():
+            return str(torch.version.hip)
+        return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]  # not in a build without CUDA
+
+
+def _known(device: Device, key: str) -> str | None:
+    """What is known of a config; None for nothing."""
+    path = record_path(device)
+    if (path, key) not in _found and CHECK.read() == "first":
+        for known, complaint in _read(path).items():
+            _found.setdefault((path, known), complaint)
+    return _found.get((path, key))
+
+
+@cache
+def _read(path: Path) -> dict[str, str]:
+    """A record, once a process; lines that are none are passed over with a warning."""
+    found, corrupt = {}, 0
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning("the record of checked configs %s is ignored: %s", path, error)
+        return {}
+    for line in lines:
+        try:
+            key, complaint = json.loads(line)
+            found[str(key)] = str(complaint)
+        except (ValueError, TypeError):
+            corrupt += 1
+    if corrupt:
+        logger.warning("%d lines of the record of checked configs %s are ignored: they are corrupt", corrupt, path)
+    return found
+
+
+def _remember(device: Device, key: str, complaint: str) -> None:
+    path = record_path(device)
+    _found[path, key] = complaint
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps([key, complaint]) + "\n")  # in one write: several processes may add
+    except OSError as error:
+        _warn_once(f"what has been checked is not remembered beyond this process: {error}")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
