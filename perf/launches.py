@@ -54,7 +54,11 @@ def cases(device: Device) -> Iterator[Case]:
             if found:
                 configs[which] = min(found, key=lambda c, p=problem: microseconds_per_step(c, p, device))
         if len(configs) == len(PASSES):
-            yield Case(f"{placement} {protocol}" if protocol != "none" else placement, dtype, configs)
+            yield Case(name_of((placement, protocol)), dtype, configs)
+
+
+def name_of(kind: tuple[str, str]) -> str:
+    return " ".join(kind).removesuffix(" none")
 
 
 def complaint(case: Case, where: torch.device) -> str:
@@ -79,12 +83,13 @@ def complaint(case: Case, where: torch.device) -> str:
         x, h, c = leaves = [t.to(next(module.parameters()).dtype, copy=True).requires_grad_() for t in inputs]
         out, (h_n, c_n) = call(x, (h, c))
         loss = out.square().sum() + (h_n * c_n).sum()
-        results[name] = [out, h_n, c_n, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+        grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
+        results[name] = [t.detach().double() for t in (out, h_n, c_n, *grads)]
     unit = torch.finfo(dtype).eps
     for index, (a, b, want) in enumerate(zip(*results.values())):
-        error, own = (float((t.detach().double() - want).square().mean().sqrt()) for t in (a, b))
+        error, own = (float((t - want).square().mean().sqrt()) for t in (a, b))
         # A few values may be exact by luck: no error is held to less than one rounding of the type.
-        if not error <= 2 * max(own, unit * float(want.detach().square().mean().sqrt())):
+        if not error <= 2 * max(own, unit * float(want.square().mean().sqrt())):
             return f"wrong: result {index} has an rms error of {error:.2e}, nn.LSTM's is {own:.2e}"
     return ""
 
@@ -94,7 +99,7 @@ def run(device: Device, where: torch.device) -> int:
     failed, able = 0, list(cases(device))
     for case in able:
         print(f"{case.name}, {case.dtype}, forward and backward ...", flush=True)
-        faulthandler.dump_traceback_later(HANGS, exit=False)
+        faulthandler.dump_traceback_later(HANGS, file=sys.__stderr__)
         try:
             found = complaint(case, where)
         except Exception as error:  # the next may run: which do says what is wrong
@@ -103,11 +108,8 @@ def run(device: Device, where: torch.device) -> int:
             faulthandler.cancel_dump_traceback_later()
         failed += bool(found)
         print(f"  {found or 'as good as nn.LSTM'}", flush=True)
-    for placement, protocol in KINDS:
-        if not any(
-            {(c.placement, c.protocol) for c in case.configs.values()} == {(placement, protocol)} for case in able
-        ):
-            print(f"{placement} {protocol}: not for {device.name}")
+    for name in [name_of(kind) for kind in KINDS if name_of(kind) not in [case.name for case in able]]:
+        print(f"{name}: not for {device.name}")
     return failed
 
 
