@@ -71,7 +71,7 @@ for path in (home / "perf/stand_ins").glob("*.py"):
 LAYOUT
 : "${LSTM_TRITON_COMMIT:=$(git -C "$home" rev-parse --short HEAD 2> /dev/null || echo unknown)}"
 export LSTM_TRITON_COMMIT
-export PYTHONPATH="$site" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out" TRITON_CACHE_DIR="$out/triton-cache"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 LSTM_TRITON_CACHE_DIR="$out" TRITON_CACHE_DIR="$out/triton-cache"
 cd "$site"
 
 status=0

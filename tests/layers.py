@@ -285,7 +285,7 @@ def assert_like(results: list[Tensor], want: list[Tensor], bits: int = 3) -> Non
             assert torch.equal(a, b), f"result {index}"
         else:
             few = 4 * torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a, b, rtol=few, atol=few * float(b.abs().max()))
+            torch.testing.assert_close(a, b, rtol=few, atol=few * float(b.detach().abs().max()))
 
 
 NEAR = 1e-5  # of a clip's limit; far more than fp32 is off after a few steps
