@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from lstm_triton.kernels.alarm import board_of
 from lstm_triton.kernels.exchange import await_flags, collect, publishable, raise_flag
-from rows import Row, device_here, digits, provenance, start, write_rows
+from rows import Row, bound_said, device_here, digits, host_bound, provenance, start, write_rows
 from shapes import DTYPES, Shape
 
 from lstm_triton.tuning.clock import Times, times_of
@@ -148,7 +148,7 @@ def measure(device: torch.device, dtypes: list[str]) -> tuple[Ceilings, Iterator
         """scale: what the median in ms is multiplied by, or divided into, to be in the metric's unit."""
         values = [scale / ms if rate else scale * ms for ms in (times.p20, times.median, times.p80)]
         low, middle, high = sorted(values)
-        found.append((label, dtype, metric, Times(low, middle, high, times.repeat)))
+        found.append((label, dtype, metric, Times(low, middle, high, times.repeat, times.host_bound)))
         return middle
 
     buffers = torch.ones((2, COPY_BYTES[device.type] // 4), device=device)
@@ -178,7 +178,8 @@ def measure(device: torch.device, dtypes: list[str]) -> tuple[Ceilings, Iterator
                 for n in (2 * STEPS, STEPS)
             )
             # The launch itself and most of the filling of the buffers cancel in the difference.
-            difference = Times(long.p20 - short.p20, long.median - short.median, long.p80 - short.p80, 15)
+            bound = long.host_bound or short.host_bound
+            difference = Times(long.p20 - short.p20, long.median - short.median, long.p80 - short.p80, 15, bound)
             us = note(f"hop {protocol} {tiles} programs", "", "us", difference, 1e3 / STEPS, False)
             hop[protocol, tiles] = us / 1e6
     return Ceilings(copied * 1e9, product, launch, hop, limit), iter(found)
@@ -187,7 +188,7 @@ def measure(device: torch.device, dtypes: list[str]) -> tuple[Ceilings, Iterator
 def rows_of(found: Iterator[tuple[str, str, str, Times]], where: dict[str, str]) -> list[Row]:
     return [
         Row("ceilings", label, *[""] * 6, dtype, "ceiling", "", metric, digits(times.median), digits(times.p20),
-            digits(times.p80), str(times.repeat), **where)
+            digits(times.p80), str(times.repeat), host_bound(times), **where)
         for label, dtype, metric, times in found
     ]  # fmt: skip
 
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = rows_of(found, provenance(device))
     write_rows(options.out, rows)
     for row in rows:
-        print(f"{row.label:28} {row.dtype:12} {row.value:>9} {row.metric}  ({row.p20} to {row.p80})")
+        print(f"{row.label:28} {row.dtype:12} {row.value:>9} {row.metric}  ({row.p20} to {row.p80}){bound_said(row)}")
     return 0
 
 

@@ -91,19 +91,26 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours = LSTM(INPUTS, HIDDEN, backend="triton", device=device, dtype=torch.bfloat16)
-    columns: dict[str, dict[str, float]] = {}
-    with contextlib.nullcontext() if device.type == "cuda" else without_launches("sm_90"):
-        calls = calls_of(ours, device)
-        with replaced(eager, "unobserved", lambda tensors: False):
-            columns["operator"] = {name: microseconds(call, device) for name, call in calls.items()}
-        columns["eager"] = {name: microseconds(call, device) for name, call in calls.items()}
+    calls = calls_of(ours, device)
+    theirs = {}
     if device.type == "cuda":
         theirs = calls_of(nn.LSTM(INPUTS, HIDDEN, device=device, dtype=torch.bfloat16), device)
-        columns["nn.LSTM"] = {name: microseconds(call, device) for name, call in theirs.items()}
-    print(f"{'us a call':25}" + "".join(f"{name:>10}" for name in columns))
-    for name in columns["eager"]:
-        print(f"{name:25}" + "".join(f"{column[name]:10.0f}" for column in columns.values()))
+    print(f"{'us a call':25}" + "".join(f"{name:>10}" for name in ("operator", "eager", *["nn.LSTM"] * bool(theirs))))
+    for name, call in calls.items():
+        # A figure as soon as there is one: the next may take long, where it has to compile.
+        print(f"{name:25}", end="", flush=True)
+        with contextlib.nullcontext() if device.type == "cuda" else without_launches("sm_90"):
+            with replaced(eager, "unobserved", lambda tensors: False):
+                tell(microseconds(call, device))
+            tell(microseconds(call, device))
+        if theirs:
+            tell(microseconds(theirs[name], device))
+        print(flush=True)
     return 0
+
+
+def tell(figure: float) -> None:
+    print(f"{figure:10.0f}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from lstm_triton.doctor import driver_version
+from lstm_triton.tuning.clock import Times
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Row:
     gradients), "step" (T = 1, no gradients, until the result is there), "cold" (a fresh process until the
     first result). metric: "ms", "peak_mib" (device memory beyond weights and input), "saved_mib" (kept
     for backward), or a ceiling's own. value: the median; p20, p80: percentiles; empty where error is not.
+    host_bound: "yes" where the GPU waited for the host (`lstm_triton/tuning/clock.py`), so that the time is the host's.
     """
 
     region: str
@@ -44,6 +46,7 @@ class Row:
     p20: str = ""
     p80: str = ""
     repeat: str = ""
+    host_bound: str = ""
     floor: str = ""
     config: str = ""
     error: str = ""
@@ -62,6 +65,7 @@ class Row:
 
 SIZES = ("input_size", "hidden_size", "batch", "seq_len", "layers", "directions")
 COLUMNS = [field.name for field in fields(Row)]
+ADDED = "host_bound"  # a column that files of before do not have
 
 
 class RowsError(ValueError):
@@ -132,20 +136,23 @@ def read_rows(path: Path) -> list[Row]:
         raise RowsError(f"{path}: not text: {error}") from None
     reader = csv.reader(text.splitlines())
     header = next(reader, None)
-    if header != COLUMNS:
+    columns = COLUMNS if header is not None and ADDED in header else [name for name in COLUMNS if name != ADDED]
+    if header != columns:
         raise RowsError(f"{path}: not a table of measurements, its first line is {','.join(header or [])[:80]!r}")
     if not text.endswith("\n"):
         raise RowsError(f"{path}: truncated, its last line does not end")
     rows = []
     for number, cells in enumerate(reader, start=2):
-        if len(cells) != len(COLUMNS):
-            raise RowsError(f"{path}: line {number} has {len(cells)} of {len(COLUMNS)} cells")
-        row = Row(*cells)
+        if len(cells) != len(columns):
+            raise RowsError(f"{path}: line {number} has {len(cells)} of {len(columns)} cells")
+        row = Row(**dict(zip(columns, cells)))
         try:
             numbers = [float(cell) for cell in (row.value, row.p20, row.p80, row.floor) if cell]
             numbers += [int(cell) - 0.5 for cell in (getattr(row, name) for name in SIZES) if cell]
         except ValueError as error:
             raise RowsError(f"{path}: line {number}: {error}") from None
+        if row.host_bound not in ("", "yes"):
+            raise RowsError(f"{path}: line {number}: host_bound is yes or nothing, not {row.host_bound!r}")
         if bool(row.value) == bool(row.error) or not all(0 <= one < float("inf") for one in numbers):
             raise RowsError(f"{path}: line {number} must have either a value or an error, and sizes of at least 1")
         rows.append(row)
@@ -160,6 +167,16 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         writer.writerow(COLUMNS)
         writer.writerows([getattr(row, name) for name in COLUMNS] for row in rows)
     os.replace(temporary, path)
+
+
+def host_bound(times: Times) -> str:
+    """The column's cell."""
+    return "yes" if times.host_bound else ""
+
+
+def bound_said(row: Row) -> str:
+    """What a line for the terminal ends with."""
+    return "  host-bound" if row.host_bound else ""
 
 
 def digits(number: float) -> str:

@@ -20,14 +20,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
 
 import compile_report
-import matplotlib.pyplot as plt
 import torch
 from compile_report import TYPES, Job, compile_job
-from figures import Rows, geometric_mean, titled
-from matplotlib.figure import Figure
-from rows import Row, digits, needs_gpu, provenance, start, write_rows
+from rows import Row, bound_said, digits, host_bound, needs_gpu, provenance, start, write_rows
 from tqdm import tqdm
 
 from lstm_triton.cost import Step, microseconds_per_step
@@ -36,6 +35,9 @@ from lstm_triton.planner import admissible, refusal
 from lstm_triton.problem import PASSES, Problem
 from lstm_triton.tuning.clock import Times
 from lstm_triton.tuning.search import Scratch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HIDDEN_SIZES = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (16, 128)
@@ -66,7 +68,7 @@ def rows_of(job: Job, steps: int, step: Step | None, measured: Times | str, wher
         found = [replace(blank, error=measured)]
     else:
         spread = {"p20": digits(measured.p20), "p80": digits(measured.p80), "repeat": str(measured.repeat)}
-        found = [replace(blank, value=digits(measured.median), **spread)]
+        found = [replace(blank, value=digits(measured.median), **spread, host_bound=host_bound(measured))]
     return found if step is None else [*found, replace(blank, provider="model", value=digits(step.total))]
 
 
@@ -83,10 +85,10 @@ def line(row: Row, predicted: Row | None) -> str:
     if row.error:
         return f"{head} {row.error}"
     model = "" if predicted is None else f"  predicted {float(predicted.value):7.2f}"
-    return f"{head} {float(row.value):7.2f} us ({row.p20} to {row.p80}){model}  {row.config}"
+    return f"{head} {float(row.value):7.2f} us ({row.p20} to {row.p80}){bound_said(row)}{model}  {row.config}"
 
 
-def pairs(rows: Rows) -> list[tuple[Row, Row]]:
+def pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
     """(measured, predicted) of every config that has both."""
     predicted = {_what(row): row for row in rows if row.provider == "model"}
     measured = (row for row in rows if row.provider == "kernel" and row.value)
@@ -97,11 +99,15 @@ def _what(row: Row) -> tuple[str, ...]:
     return (row.mode, row.dtype, row.hidden_size, row.batch, row.config)
 
 
-def predicted_against_measured(rows: Rows) -> Figure | None:
+def predicted_against_measured(rows: list[Row]) -> Figure | None:
     """A point for every config: on the line the model is right, above it too low."""
     found = pairs(rows)
     if not found:
         return None
+    # Here: a machine that only measures need not have Matplotlib.
+    import matplotlib.pyplot as plt
+    from figures import titled
+
     figure, axis = plt.subplots(figsize=(6, 5.2), layout="constrained")
     for which, colour in COLOURS.items():
         of_pass = [(float(b.value), float(a.value), a) for a, b in found if a.mode == which]

@@ -28,7 +28,7 @@ from floor import measure as measure_ceilings
 from lstm_triton.kernels.compile import compile_pass
 from measure import Measurement, cold_ms, once
 from providers import PROVIDERS, Unsupported
-from rows import Row, RowsError, device_here, digits, provenance, start, write_rows
+from rows import Row, RowsError, bound_said, device_here, digits, host_bound, provenance, start, write_rows
 from shapes import SETS, Shape
 from tqdm import tqdm
 
@@ -119,7 +119,8 @@ def rows_for(
         if row.metric == "ms" and row.mode in ("forward", "train"):
             floor = digits(ceilings.floor_ms(shape, row.mode))
         values = dict(value=digits(times.median), p20=digits(times.p20), p80=digits(times.p80))
-        rows.append(replace(row, **values, repeat=str(times.repeat), floor=floor, config=config))
+        values |= dict(repeat=str(times.repeat), host_bound=host_bound(times))
+        rows.append(replace(row, **values, floor=floor, config=config))
     return rows
 
 
@@ -133,7 +134,7 @@ def line(row: Row) -> str:
     head = f"{row.provider:24} {row.mode:8}"
     if row.error:
         return f"{head} {row.error}"
-    text = f"{head} {row.value:>9} {row.metric:9} ({row.p20} to {row.p80})"
+    text = f"{head} {row.value:>9} {row.metric:9} ({row.p20} to {row.p80}){bound_said(row)}"
     return f"{text}  floor/measured {float(row.floor) / float(row.value):.2f}" if row.floor else text
 
 

@@ -8,17 +8,21 @@ and with four it still depended on the processor's BLAS.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import pytest
 import torch
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lstm_triton import reference
+from lstm_triton import LSTM, adjoint, layer, reference
 from lstm_triton.adjoint import operand_of, product_of
 from lstm_triton.equations import Variants
 from lstm_triton.layer import DIFFERENTIABLE as INPUTS
@@ -236,3 +240,79 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
         layout, backward_of(config), "ieee", lengths, reset, v.reset_c, extras=extras, product=product, stats=stats,
     )  # fmt: skip
     return [out, h_n, c_n, *(tensor for tensor in (*found[:2], *found[3:]) if tensor is not None)]
+
+
+def use_configs(patch: pytest.MonkeyPatch, configs: Mapping[str, Config]) -> list[tuple[str, Config]]:
+    """Layers take these configs, by pass; returned is a list that notes every (pass, config) that is then launched."""
+    noted: list[tuple[str, Config]] = []
+    # Each of the two modules has imported the name for itself; the config's place is that in the launcher's arguments.
+    for module, which, place in ((layer, "forward", 4), (adjoint, "backward", 8)):
+        real = getattr(module, f"lstm_{which}")
+
+        def noting(*given: Any, which: str = which, place: int = place, real: Any = real, **options: Any) -> Any:
+            noted.append((which, given[place]))
+            return real(*given, **options)
+
+        patch.setattr(module, "choose_config", lambda which, *_: configs[which])
+        patch.setattr(module, f"lstm_{which}", noting)
+    return noted
+
+
+def with_exact_products(module: torch.nn.Module, *shape: int) -> Tensor:
+    """An input of such a shape, and weights W_ih and biases for it, set in the module, for the first layer.
+
+    Each sum of products of the input is exact in every type, whatever its order: a GEMM has no choice, and what differs
+    in a bit behind it differs in the kernels.
+    """
+    drawn = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith(("weight_ih", "bias")):
+                parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=drawn) / 16)
+    assert (2 * shape[-1] + 4) <= 256, "sixteenths that bfloat16 holds"
+    like = next(module.parameters())
+    return torch.randint(-1, 2, shape, generator=drawn).to(like.device, like.dtype)
+
+
+def assert_like(results: list[Tensor], want: list[Tensor], bits: int = 3) -> None:
+    """The first ones, by default out, h_n and c_n, bit by bit; the rest have been through a GEMM of cuBLAS.
+
+    Which of its algorithms runs depends on the workspace that there is: inside of a graph or on another stream it may
+    be another one, whose sums are made in another order, and of slices rounded to the type. Neither is an error of ours.
+    """
+    for index, (a, b) in enumerate(zip(results, want, strict=True)):
+        if index < bits:
+            assert torch.equal(a, b), f"result {index}"
+        else:
+            few = 4 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=few, atol=few * float(b.detach().abs().max()))
+
+
+NEAR = 1e-5  # of a clip's limit; far more than fp32 is off after a few steps
+
+
+def away_from_clips(exact: LSTM, *shape: int, **marks: Tensor) -> Tensor:
+    """A drawn fp32 input for which no cell state comes near the clip of this fp64 module on PyTorch's path.
+
+    A clip's gradient jumps from 0 to 1 at the limit: a state that rounding moves across it changes the gradients of all
+    steps before, and right code looks wrong. Which states are clipped is compared for limits a little lower and higher.
+    """
+    variant = exact.variant
+    for seed in range(200):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(exact.weight_hh_l0.device)
+        if variant.cell_clip is None:
+            return x
+        clipped = []
+        try:
+            for limit in (variant.cell_clip * (1 - NEAR), variant.cell_clip * (1 + NEAR)):
+                exact.variant = replace(variant, cell_clip=limit)
+                torch.manual_seed(1)  # the masks of other variants
+                with torch.no_grad():
+                    *_, states = exact(x.double(), return_states=("c",), **marks)
+                clipped.append(tree_leaves(states)[0].abs() == limit)
+        finally:
+            exact.variant = variant
+        assert clipped[0].any(), "else there is no clip to speak of"
+        if torch.equal(*clipped):
+            return x
+    raise AssertionError("every draw has a cell state near the limit: the module is too large for this")

@@ -101,7 +101,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from lstm_triton.tuning import clock, search
 
     monkeypatch.setattr(search, "REPEAT", 1)
-    monkeypatch.setattr(clock, "WARM_UP", 0)
+    monkeypatch.setattr(clock, "WARM_UP", 0)  # read when a call is timed, see tests/test_clock.py
 
 
 def test_tune_writes_a_table_and_goes_on_from_it(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture) -> None:
@@ -115,6 +115,22 @@ def test_tune_writes_a_table_and_goes_on_from_it(tmp_path: Path, quick: None, ca
     assert load(out).entries == first.entries, "nothing was measured again"
     assert main([*TUNE, str(out), "--again"]) == 0
     assert load(out).entries != first.entries
+
+
+def test_tune_says_where_it_measured_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from lstm_triton.tuning.clock import Times
+    from lstm_triton.tuning.search import Scratch
+
+    times = iter([Times(1.0, 2.0, 3.0, 1, host_bound=True), *[Times(3.0, 4.0, 5.0, 1)] * 7])
+    monkeypatch.setattr(Scratch, "times_per_step", lambda self, config: next(times))
+    out = tmp_path / "t.json"
+    assert main([*TUNE, str(out)]) == 0
+    forward, backward = capsys.readouterr().out.splitlines()
+    assert "2.00 us a step (host-bound), of 4 configs" in forward
+    assert "4.00 us a step, of 4 configs" in backward
+    first, second = load(out).entries.values()
+    assert first.host_bound == (first.config.encode(),)
+    assert second.host_bound == ()
 
 
 @pytest.mark.parametrize("at", [2, 5])

@@ -9,6 +9,7 @@ from pathlib import Path
 import check
 import figures
 import floor
+import measure
 import plot
 import ppo_resets
 import providers
@@ -20,6 +21,7 @@ from rows import Row, RowsError, read_rows, write_rows
 from shapes import SETS, Shape, square
 
 from lstm_triton.recipes.interpreter import cooperative
+from lstm_triton.tuning.clock import Times
 
 ROOT = Path(__file__).parents[1]
 PERF = ROOT / "perf"
@@ -236,7 +238,7 @@ def good_rows() -> list[Row]:
     ("spoil", "complaint"),
     [
         (lambda text: text[:-20], "truncated"),
-        (lambda text: text[:-20] + "\n", "of 26 cells"),
+        (lambda text: text[:-20] + "\n", "of 27 cells"),
         (lambda text: "a,b\n1,2\n", "not a table of measurements"),
         (lambda text: "", "not a table of measurements"),
         (lambda text: text.replace("1.5", "fast"), "could not convert"),
@@ -261,6 +263,32 @@ def test_spoilt_rows_are_refused_and_left_alone(spoil, complaint: str, tmp_path:
         assert error.count("\n") == 1
     assert path.read_text() == spoilt
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_from_before_a_column_was_added(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    found = good_rows()
+    write_rows(path, found)
+    header, line = path.read_text().splitlines()
+    assert header.count(",host_bound,floor") == 1
+    path.write_text("\n".join((header.replace(",host_bound", ""), line.replace(",1.5,,,,,", ",1.5,,,,"))) + "\n")
+    assert read_rows(path) == found
+    path.write_text(header.replace(",host_bound", ""))
+    with pytest.raises(RowsError, match="truncated"):
+        read_rows(path)
+    write_rows(path, [replace(found[0], host_bound="perhaps")])
+    with pytest.raises(RowsError, match="host_bound is yes or nothing, not 'perhaps'"):
+        read_rows(path)
+
+
+def test_a_row_says_that_its_time_is_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    times = Times(1.0, 2.0, 3.0, 1, host_bound=True)
+    monkeypatch.setattr(measure, "times_of", lambda *_, **__: times)
+    out = tmp_path / "rows.csv"
+    assert sweep.main([*SWEEP, str(out)]) == 0
+    found = {(row.provider == "ceiling", row.mode, row.host_bound) for row in read_rows(out)}
+    assert found == {(True, "", ""), (False, "forward", "yes"), (False, "train", "yes"), (False, "memory", "")}
+    assert "(1 to 3)  host-bound  floor/measured" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

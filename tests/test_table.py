@@ -58,6 +58,18 @@ def _without(key: str) -> str:
     return json.dumps(data)
 
 
+def test_what_was_host_bound_is_kept_and_old_tables_are_read() -> None:
+    bound = replace(table().entries[bucket_of(PROBLEM)], host_bound=(CONFIG.encode(),))
+    contests = {BOUT: Contest(2.0, 1.0, torch_host_bound=True)}
+    full = replace(table(), entries={bucket_of(PROBLEM): bound}, contests=contests)
+    assert same(parse(full.dump(), "x"), full)
+    data = json.loads(table().dump())
+    assert "host_bound" not in data["entries"][0]
+    for name in ("ours_host_bound", "torch_host_bound"):
+        del data["contests"][0][name]
+    assert same(parse(json.dumps(data), "x"), table())
+
+
 def _changed(*path, value) -> str:
     data = json.loads(table().dump())
     at = data
@@ -86,6 +98,9 @@ def _changed(*path, value) -> str:
         (_changed("entries", 0, "config", value="placement=grid"), "a config has the fields"),
         (_changed("entries", 0, "config", value=CONFIG.encode().replace("block_h=16", "block_h=17")), "power of two"),
         (_changed("entries", 0, "measured", value={CONFIG.encode(): -1.0}), "must be positive"),
+        (_changed("entries", 0, "host_bound", value=["grid"]), "host-bound configs that have no time"),
+        (_changed("entries", 0, "host_bound", value="grid"), "expected list, got 'grid'"),
+        (_changed("contests", 0, "ours_host_bound", value=1), "expected bool, got 1"),
         (_changed("entries", 0, "measured", value={CONFIG.encode(): float("nan")}), "must be positive"),
         (_changed("contests", 0, "ours", value=0.0), "must be positive"),
         (_changed("contests", 0, "algorithm", value="magic"), "unknown algorithm"),

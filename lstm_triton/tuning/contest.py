@@ -11,7 +11,7 @@ from ..cudnn import Call, algorithm
 from ..device import Device
 from ..module import LSTM
 from ..routing import bout_of
-from .clock import times_of
+from .clock import Times, times_of
 from .table import Bout, Contest
 
 STEPS = 128
@@ -37,11 +37,13 @@ def hold(call: Call, precision: str, device: Device, where: torch.device) -> Ite
         for seq_len in (1, STEPS):
             x = torch.randn(seq_len, call.batch, call.input_size, device=where, dtype=dtype)
             for training in (False, True):
-                times = [_milliseconds(module, x, training) for module in (ours, theirs)]
-                yield bout_of(call, precision, training, seq_len == 1, device), Contest(*times)
+                our_times, their_times = (_times(module, x, training) for module in (ours, theirs))
+                bout = bout_of(call, precision, training, seq_len == 1, device)
+                bounds = our_times.host_bound, their_times.host_bound
+                yield bout, Contest(our_times.median, their_times.median, *bounds)
 
 
-def _milliseconds(module: nn.Module, x: torch.Tensor, training: bool) -> float:
+def _times(module: nn.Module, x: torch.Tensor, training: bool) -> Times:
     module.train(training)
     x = x.clone().requires_grad_(training)
     cotangent = torch.ones((), device=x.device, dtype=x.dtype)
@@ -58,4 +60,4 @@ def _milliseconds(module: nn.Module, x: torch.Tensor, training: bool) -> float:
         output, _ = module(x)
         output.backward(cotangent.expand_as(output))
 
-    return times_of(train if training else infer, x.device, REPEAT, clear).median
+    return times_of(train if training else infer, x.device, REPEAT, clear)

@@ -40,11 +40,12 @@ logger = logging.getLogger("lstm_triton")
 
 @dataclass(frozen=True)
 class Progress:
-    """What happened to one config: microseconds a step, or why it was left out."""
+    """What happened to one config: microseconds a step, or why it was left out; host_bound as in `Times`."""
 
     problem: Problem
     config: Config
     result: float | str
+    host_bound: bool = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,6 +72,7 @@ def search(
     """
     configs = sorted(admissible(problem, device), key=lambda config: microseconds_per_step(config, problem, device))
     measured: dict[str, float | str] = dict(known.measured) if known is not None else {}
+    host_bound: set[str] = set(known.host_bound) if known is not None else set()
     configs = [config for config in configs if _key(config) not in measured]
     if not configs and known is not None:
         return replace(known, complete=True)
@@ -85,19 +87,26 @@ def search(
                 complete = False
                 break
             with guard:
-                result = complaint or _measure(scratch, config)
-            if isinstance(result, str):
-                logger.warning("left out: %s for %s: %s", _key(config), problem, result)
-            measured[_key(config)] = result
-            tell(Progress(problem, config, result))
+                times = complaint or _measure(scratch, config)
+            if isinstance(times, str):
+                logger.warning("left out: %s for %s: %s", _key(config), problem, times)
+                progress = Progress(problem, config, times)
+            else:
+                progress = Progress(problem, config, times.median, times.host_bound)
+            measured[_key(config)] = progress.result
+            if progress.host_bound:
+                host_bound.add(_key(config))
+            tell(progress)
     except KeyboardInterrupt:
-        raise Interrupted(_entry(measured, False)) from None
-    return _entry(measured, complete)
+        raise Interrupted(_entry(measured, host_bound, False)) from None
+    return _entry(measured, host_bound, complete)
 
 
-def _entry(measured: dict[str, float | str], complete: bool) -> Entry | None:
+def _entry(measured: dict[str, float | str], host_bound: set[str], complete: bool) -> Entry | None:
     best = _best(measured)
-    return None if best is None else Entry(Config.decode(best), measured, complete)
+    if best is None:
+        return None
+    return Entry(Config.decode(best), measured, complete, tuple(key for key in measured if key in host_bound))
 
 
 def _best(measured: dict[str, float | str]) -> str | None:
@@ -164,9 +173,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
-def _measure(scratch: Scratch, config: Config) -> float | str:
+def _measure(scratch: Scratch, config: Config) -> Times | str:
     try:
-        return scratch.complaint(config) or scratch.times_per_step(config).median
+        return scratch.complaint(config) or scratch.times_per_step(config)
     except Exception as error:  # a config that cannot run must not end the search
         return _first_line(error)
 
@@ -229,8 +238,7 @@ class Scratch:
                 lstm_backward(*given, layout, config, problem.precision)
 
             times = times_of(call, self.where, REPEAT, ahead=True)
-        scale = 1e3 / layout.seq_len
-        return Times(times.p20 * scale, times.median * scale, times.p80 * scale, times.repeat)
+        return times.scaled(1e3 / layout.seq_len)
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:

@@ -45,11 +45,13 @@ class Entry:
     config: the fastest, with max_batch_tiles = 0 (the planner sets it for the device at hand).
     measured: microseconds per step of every config timed, or the error, by `Config.encode`.
     complete: no candidate was left out for want of time.
+    host_bound: those of `measured` whose time is the host's, see `clock.Times`.
     """
 
     config: Config
     measured: Mapping[str, float | str]
     complete: bool
+    host_bound: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ class Bout:
 
 @dataclass(frozen=True)
 class Contest:
-    """Median times of the same call in one run, in milliseconds."""
+    """Median times of the same call in one run, in milliseconds; and whether each is the host's, see `clock.Times`."""
 
     ours: float
     torch: float
+    ours_host_bound: bool = False
+    torch_host_bound: bool = False
 
     @property
     def speedup(self) -> float:
@@ -122,6 +126,7 @@ class Table:
         head |= {"multiprocessors": self.multiprocessors, "made": dict(self.made)}
         entries = [
             {**asdict(bucket), "config": entry.config.encode(), "complete": entry.complete, "measured": entry.measured}
+            | ({"host_bound": entry.host_bound} if entry.host_bound else {})
             for bucket, entry in self.entries.items()
         ]
         contests = [{**asdict(bout), **asdict(contest)} for bout, contest in self.contests.items()]
@@ -198,14 +203,18 @@ def _entry(row: dict[str, Any]) -> tuple[Bucket, Entry]:
     config = Config.decode(row["config"])
     if isinstance(measured.get(row["config"], ""), str):
         raise ValueError(f"the fastest config has no time: {row['config']!r}")
-    return _key(row, Bucket), Entry(config, measured, _of_type(row["complete"], bool))
+    host_bound = tuple(_of_type(row.get("host_bound", []), list))  # which tables of before do not have
+    if any(isinstance(measured.get(text, ""), str) for text in host_bound):
+        raise ValueError(f"host-bound configs that have no time: {host_bound!r}")
+    return _key(row, Bucket), Entry(config, measured, _of_type(row["complete"], bool), host_bound)
 
 
 def _contest(row: dict[str, Any]) -> tuple[Bout, Contest]:
     bout = _key(row, Bout)
     if bout.algorithm not in ALGORITHMS or bout.mode not in MODES:
         raise ValueError(f"unknown algorithm or mode: {bout.algorithm!r}, {bout.mode!r}")
-    contest = Contest(_of_type(row["ours"], float), _of_type(row["torch"], float))
+    host_bound = (_of_type(row.get(f"{name}_host_bound", False), bool) for name in ("ours", "torch"))
+    contest = Contest(_of_type(row["ours"], float), _of_type(row["torch"], float), *host_bound)
     if not (contest.ours > 0 and contest.torch > 0):
         raise ValueError(f"a time must be positive, got {contest}")
     return bout, contest

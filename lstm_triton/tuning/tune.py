@@ -38,6 +38,7 @@ from .table import Entry, Table, TableError, load
 
 # Sizes that users run, one of every bucket that a placement or cuDNN's choice turns on.
 DEFAULT_SHAPES = "64x32 128x64 128x256 256x32 256x256 512x16 512x64 512x256 640x32 768x16 1024x16 1024x64 1024x128"
+HOST_BOUND = " (host-bound)"  # see `clock.Times`
 TYPES = {
     "float16": ("float16", "tf32"),
     "bfloat16": ("bfloat16", "tf32"),
@@ -256,7 +257,9 @@ def _pool(workers: int, device: Device) -> Iterator[Executor | None]:
 
 
 def _said(progress: Progress) -> str:
-    return progress.result if isinstance(progress.result, str) else f"{progress.result:.2f} us a step"
+    if isinstance(progress.result, str):
+        return progress.result
+    return f"{progress.result:.2f} us a step" + HOST_BOUND * progress.host_bound
 
 
 def _summary(table: Table, path: Path) -> None:
@@ -264,15 +267,21 @@ def _summary(table: Table, path: Path) -> None:
         best = entry.measured[entry.config.encode()]
         assert not isinstance(best, str)
         failed = sum(isinstance(value, str) for value in entry.measured.values())
-        partly = "" if entry.complete else ", not all"
+        configs = f"of {len(entry.measured)} configs" + ("" if entry.complete else ", not all")
+        bound = HOST_BOUND * (entry.config.encode() in entry.host_bound)
         print(
             f"{bucket.which:8} H<={bucket.hidden_size:<5} B<={bucket.batch:<5} D={bucket.directions} {bucket.dtype:8} "
-            f"{bucket.precision:6} {best:8.2f} us a step, of {len(entry.measured)} configs{partly} ({failed} left out)"
+            f"{bucket.precision:6} {best:8.2f} us a step{bound}, {configs} ({failed} left out)"
         )
     for bout, result in table.contests.items():
         length = "T=1" if bout.single_step else f"T={contest.STEPS}"
         print(
             f"{bout.mode:9} {length:5} H<={bout.hidden_size:<5} B<={bout.batch:<5} D={bout.directions} {bout.dtype:8} "
             f"against cuDNN {bout.algorithm:16} {result.speedup:5.2f}x"
+            + "".join(
+                f", {name} host-bound"
+                for name, bound in (("ours", result.ours_host_bound), ("nn.LSTM", result.torch_host_bound))
+                if bound
+            )
         )
     print(f"table: {path}", file=sys.stderr)

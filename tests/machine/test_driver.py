@@ -107,19 +107,24 @@ def test_a_call_with_an_unaligned_pointer(engine: Engine) -> None:
 
 
 def test_batch_sizes_and_lengths_share_a_binary(engine: Engine) -> None:
+    """As `test_no_batch_or_length_compiles_anew` of the GPU: both passes, odd sizes, and steps alone after one of them."""
+    from lstm_triton.kernels.backward import lstm_backward_kernel
     from lstm_triton.kernels.forward import lstm_forward_kernel
 
     module = LSTM(5, 20, backend="triton").half()
 
-    def binaries() -> int:
-        return sum(len(cache[0]) for cache in lstm_forward_kernel.device_caches.values())
+    def call(steps: int, batch: int) -> int:
+        """Runs both passes; the number of binaries by then."""
+        module(torch.randn(steps, batch, 5).half())[0].sum().backward()
+        kernels = (lstm_forward_kernel, lstm_backward_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
-    with engine(), torch.no_grad():
-        module(torch.randn(2, 3, 5).half())
-        before = binaries()
-        for steps, batch in ((2, 1), (3, 4), (7, 8)):
-            module(torch.randn(steps, batch, 5).half())
-        assert binaries() == before
+    with engine() as machine:
+        before = [call(2, 3), call(2, 9), call(1, 4)][-1]
+        launched = len(machine.launches)
+        for steps, batch in ((2, 1), (3, 8), (5, 13), (4, 16), (1, 1), (1, 7)):
+            assert call(steps, batch) == before, f"T={steps}, B={batch}"
+    assert machine.launches[launched:].count("lstm_backward_kernel") == 6
 
 
 def test_a_launch_that_does_not_fit() -> None:
