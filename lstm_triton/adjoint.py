@@ -124,7 +124,7 @@ def backward(
         ready(given.gates),
         extras,
         product,
-        stats,
+        None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
     )
     of_product = found.dgates if found.dproduct is None else found.dproduct
     grads = _weight_gradients(v, options, found, of_product, operand, product, stats, wanted)

@@ -148,7 +148,7 @@ def _read(path: Path) -> dict[str, str]:
     found, corrupt = {}, 0
     try:
         lines = path.read_text().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
         logger.warning("the record of checked configs %s is ignored: %s", path, error)

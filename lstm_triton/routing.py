@@ -54,7 +54,7 @@ def kernel_device(device: torch.device) -> Device | NoPlan:
         return NoPlan(f"Triton's interpreter is on (TRITON_INTERPRET=1) and takes CPU tensors, not {device.type}")
     if (found := stand_in(device)) is not None:
         return found
-    if device.type != "cuda":
+    if not on_gpu(device):
         return NoPlan(f"the tensors are on {device.type}: the kernels run on CUDA and ROCm devices")
     try:
         return device_of(device)

@@ -18,7 +18,6 @@ import tempfile
 PROJECT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "pyproject.toml")
 OPTIONAL = {
     "xdist": "pytest-xdist: tests run one after another",
-    "hypothesis": "hypothesis: a stand-in is used",
     "tqdm": "tqdm: no progress bars",
     "matplotlib": "matplotlib: no figures, which any other machine draws from the rows",
 }

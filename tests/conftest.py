@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import re
@@ -10,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import hypothesis
 import pytest
 from engines import INTERPRETED, TARGETS, Engine, is_chosen
 
@@ -21,11 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="compiled code on every target, by more seeds and plans")
 
 
-# The same draws in every run, however long they take.
-hypothesis.settings.register_profile(
-    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("tests")
+if importlib.util.find_spec("hypothesis"):  # tests on a GPU do without
+    import hypothesis
+
+    # The same draws in every run, however long they take.
+    hypothesis.settings.register_profile(
+        "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

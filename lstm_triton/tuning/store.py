@@ -74,7 +74,7 @@ def read(path: Path, device: Device) -> Table:
     try:
         table = load(path)
         problem = table.mismatch(device)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return NO_TABLE
     except (OSError, TableError) as error:
         problem = str(error)
