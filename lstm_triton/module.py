@@ -114,13 +114,9 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
         weight = self._flat_weights[0]
-        if (
-            self.backend == "triton"
-            or self.variant != PLAIN
-            or not (isinstance(weight, Tensor) and on_gpu(weight.device))
-        ):
+        if self.backend == "triton" or self.variant != PLAIN or not isinstance(weight, Tensor):
             return
-        if possible_refusal(*self._request(weight)):
+        if on_gpu(weight.device) and possible_refusal(*self._request(weight)):
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
