@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
 from .config import Config, Layout
-from .exchange import await_flags, publishable_gates, raise_flag
+from .exchange import await_flags, publish_gates, publishable_gates, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
 from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
@@ -265,8 +265,10 @@ def lstm_backward_kernel(
             dw_cf += tl.where(live, da_f * c_prev, 0.0)
             dw_co += tl.where(live, da_o * c_new, 0.0)
         d_i, d_f, d_g, d_o = publishable_gates(da_i, da_f, da_g, da_o, dtype)
-        store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
-        if NORM:
+        if not NORM:
+            publish_gates(dgates + offset, d_i, d_f, d_g, d_o, owned, H, PROTOCOL)
+        else:
+            store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
             if PLACEMENT == "local":  # late, with nobody to wait for: its tiles are large, and registers few
                 z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
             dz_i, dz_f, dz_g, dz_o = norm_gates_backward(
@@ -275,7 +277,7 @@ def lstm_backward_kernel(
                 PROTOCOL,
             )  # fmt: skip
             d_i, d_f, d_g, d_o = publishable_gates(dz_i, dz_f, dz_g, dz_o, dtype)
-            store_gates(dproduct, offset, owned, d_i, d_f, d_g, d_o, H)
+            publish_gates(dproduct + offset, d_i, d_f, d_g, d_o, owned, H, PROTOCOL)
         raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)
 
         dc = tl.where(live, dc_prev, dc)

@@ -47,6 +47,31 @@ def publishable_gates(i, f, g, o, dtype: tl.constexpr):
 
 
 @triton.jit
+def publish(ptrs, x, mask, PROTOCOL: tl.constexpr):
+    """Store what is `publishable`, for others who may be polling for it."""
+    if PROTOCOL == "mailbox" and has_ptx():
+        # In the memory model of PTX a plain store and a poll of it are a data race (8.7.1), and Triton has
+        # no other store.
+        SIZE: tl.constexpr = x.dtype.primitive_bitwidth
+        word: tl.constexpr = tl.core.get_int_dtype(SIZE, True)
+        kind: tl.constexpr = "h" if SIZE == 16 else "r"
+        store: tl.constexpr = "@p st.relaxed.gpu.global.b16" if SIZE == 16 else "@p st.relaxed.gpu.global.b32"
+        asm: tl.constexpr = "{.reg .pred p; setp.ne.b32 p, $3, 0; " + store + " [$1], $2; mov.u32 $0, 0;}"
+        given = [ptrs, x.to(word, bitcast=True), mask.to(tl.int32)]
+        tl.inline_asm_elementwise(asm, "=r,l," + kind + ",r", given, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(ptrs, x, mask=mask)
+
+
+@triton.jit
+def publish_gates(ptrs, i, f, g, o, mask, H: tl.constexpr, PROTOCOL: tl.constexpr):
+    publish(ptrs, i, mask, PROTOCOL)
+    publish(ptrs + H, f, mask, PROTOCOL)
+    publish(ptrs + 2 * H, g, mask, PROTOCOL)
+    publish(ptrs + 3 * H, o, mask, PROTOCOL)
+
+
+@triton.jit
 def here(x):
     """The int32 x at this place only: what depends on it the compiler does not move out of a loop, into every step."""
     return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
@@ -193,8 +218,8 @@ def share(
     TILES_POW2: tl.constexpr = triton.next_power_of_2(TILES)
     FEWEST: tl.constexpr = MOST_THREADS // (2 * pairs.shape[0])
     PADDED: tl.constexpr = TILES_POW2 if TILES_POW2 > FEWEST else FEWEST
-    tl.store(pairs + 2 * own_tile, publishable(first, dtype), mask=valid)
-    tl.store(pairs + 2 * own_tile + 1, publishable(second, dtype), mask=valid)
+    publish(pairs + 2 * own_tile, publishable(first, dtype), valid, PROTOCOL)
+    publish(pairs + 2 * own_tile + 1, publishable(second, dtype), valid, PROTOCOL)
     raise_flag(flags, own_tile, count, PROTOCOL)
     await_flags(flags, count, watch, TILES, TILES_POW2, PROTOCOL)
     # Both numbers of all programs in one load: one loop that waits, not two.

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .cell import lstm_forward_step, lstm_output, zoneout
 from .config import Config, Layout
-from .exchange import await_flags, publishable, raise_flag
+from .exchange import await_flags, publish, publishable, raise_flag
 from .extras import PLAIN, RUNTIME_EXTRAS, Extras
 from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
 from .masks import dropout_scale, kept_by_zoneout, step_bits
@@ -247,9 +247,11 @@ def lstm_forward_kernel(
         h = tl.where(live, h_new, h)
         sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         h_t = publishable(tl.where(live, h_new, 0.0), dtype)
-        tl.store(out + sequence, h_t, mask=owned)
-        if sent is not None:
-            tl.store(sent + sequence, publishable(tl.where(live, h_new * own_mask, 0.0), dtype), mask=owned)
+        if sent is None:
+            publish(out + sequence, h_t, owned, PROTOCOL)
+        else:
+            tl.store(out + sequence, h_t, mask=owned)
+            publish(sent + sequence, publishable(tl.where(live, h_new * own_mask, 0.0), dtype), owned, PROTOCOL)
         raise_flag(flags, hidden_tile, (step + 1) * PUBLISHED, PROTOCOL)
         if SAVE and stats is not None:
             mine = in_batch & (hidden_tile == 0)

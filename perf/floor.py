@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from lstm_triton.kernels.alarm import board_of
-from lstm_triton.kernels.exchange import await_flags, collect, publishable, raise_flag
+from lstm_triton.kernels.exchange import await_flags, collect, publish, publishable, raise_flag
 from rows import Row, bound_said, device_here, digits, host_bound, provenance, start, write_rows
 from shapes import DTYPES, Shape
 
@@ -55,7 +55,8 @@ def exchange_kernel(
     value = tl.zeros([ROWS, UNITS], tl.float32) + 1.0
     for step in range(steps):
         at = (step * ROWS + row)[:, None] * WIDTH
-        tl.store(buffer + at + unit[None, :], publishable(value, tl.bfloat16))
+        everything = tl.full([ROWS, UNITS], True, tl.int1)
+        publish(buffer + at + unit[None, :], publishable(value, tl.bfloat16), everything, PROTOCOL)
         raise_flag(flags, tile, step + 1, PROTOCOL)
         watch = (board, step)
         await_flags(flags, step + 1, watch, TILES, TILES, PROTOCOL)

@@ -89,7 +89,8 @@ def _st(e: Emitter, i: Instruction) -> None:
     listed = f"[{', '.join(values)}]"
     if _space(i) == "global":
         _only_hints(i, "global", "volatile", "relaxed", "gpu", "sys")
-        e.line(f"w.store_global({e.site}, {e.address(target, 'u64')}, {e.mask}, {width}, {listed})")
+        strong = "volatile" in i.parts or "relaxed" in i.parts
+        e.line(f"w.store_global({e.site}, {e.address(target, 'u64')}, {e.mask}, {width}, {listed}, {strong})")
     else:
         _only_hints(i, "shared", "volatile")
         e.line(f"w.store_shared({e.site}, {e.address(target, 'u32')}, {e.mask}, {width}, {listed})")

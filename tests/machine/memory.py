@@ -8,11 +8,12 @@ Follows PTX ISA chapter 8 (memory consistency model), as a machine that is as la
 - A weak load that nothing orders behind another program's store to the same place (8.7.1, a data race) reads POISON,
   whatever may have arrived. Order comes from a release that an acquire has read (8.8), handed on by block barriers
   (8.9.5), and is counted by vector clocks: one number for every program.
-- A strong load (`.volatile`, 8.4.2) reads what has arrived, each of its lanes at a time of its own.
+- A strong load (`.volatile`, 8.4.2) reads what has arrived, each of its lanes at a time of its own. What it may find there
+  another program must have stored strongly too (`.relaxed`): else that is a data race (8.7.1), and an error.
 
 How: `memory` always holds the newest value. `hidden` says for each granule who alone sees it (0: everybody), `old` what
 the others see instead. `owner` and `epoch` say which program stored it last, and with which release of that program it
-was published (UNRELEASED: with none so far).
+was published (UNRELEASED: with none so far); `weak`, whether by a plain store.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Memory:
         self.hidden = np.zeros(total, np.int32)
         self.owner = np.zeros(total, np.int32)
         self.epoch = np.zeros(total, np.int32)
+        self.weak = np.zeros(total, bool)
         self.old = np.zeros(total, self.memory.dtype)
         self.poison = self.memory.dtype.type(adversary.poison & (256**granule - 1))
 
@@ -131,7 +133,7 @@ class Memory:
         elements = self.views[width][index if count == 1 else index + column(count)]
         elements = elements.reshape(count, -1)
         if strong:
-            elements = self._strong(warp, elements, shadows, offset, width, count)
+            elements = self._strong(site, warp, elements, shadows, offset, width, count)
             warp.polled(site, address, elements)
             return elements
         if not np.count_nonzero(self.owner[shadows]):
@@ -139,10 +141,22 @@ class Memory:
         return self._blend(warp, elements, shadows, offset, width, True)
 
     def _strong(
-        self, warp: Warp, elements: np.ndarray, shadows: np.ndarray, offset: np.ndarray, width: int, count: int
+        self,
+        site: Instruction,
+        warp: Warp,
+        elements: np.ndarray,
+        shadows: np.ndarray,
+        offset: np.ndarray,
+        width: int,
+        count: int,
     ) -> np.ndarray:
-        if not np.count_nonzero(self.owner[shadows]):
+        owners = self.owner[shadows]
+        if not np.count_nonzero(owners):
             return elements
+        foreign = (owners != 0) & (owners != warp.block.number + 1) & self.weak[shadows]
+        if (foreign & (self.epoch[shadows] > warp.clock[owners - 1])).any():
+            where = self.name_of(int(offset[0]) + self.low)
+            raise Race(warp.report(site, f"polls what another program stores by a plain store, at or behind {where}"))
         found = self._blend(warp, elements, shadows, offset, width, False)
         if self.adversary.tears() and self.hidden[shadows].any():
             # Something arrives while the lanes read: some have read before, some read after.
@@ -177,16 +191,22 @@ class Memory:
 
     # Stores
 
-    def store(self, site: Instruction, warp: Warp, address: np.ndarray, values: np.ndarray, width: int) -> None:
+    def store(
+        self, site: Instruction, warp: Warp, address: np.ndarray, values: np.ndarray, width: int, strong: bool
+    ) -> None:
         """values [count, lanes] of `width` bytes; where lanes store to one address, any of them may win."""
         count = values.shape[0]
         offset, first = self.locate(site, warp, address, width * count)
         parts = width // self.granule
-        shadows = (first + column(count * parts)).ravel()
-        index = (offset // self.granule + column(count * parts)).ravel()
-        granules = np.ascontiguousarray(np.ascontiguousarray(values.T).view(self.memory.dtype).T).ravel()
-        if self.adversary.last_lane_loses():
-            shadows, index, granules = (one[::-1].copy() for one in (shadows, index, granules))
+
+        def by_scalar(of_granules: np.ndarray) -> np.ndarray:
+            """[count * parts, lanes] -> [scalars, parts]: what arrives, arrives a scalar at a time."""
+            found = of_granules.reshape(count, parts, -1).transpose(0, 2, 1).reshape(-1, parts)
+            return found[::-1].copy() if self.adversary.last_lane_loses() else found
+
+        shadows = by_scalar(first + column(count * parts))
+        index = by_scalar(offset // self.granule + column(count * parts))
+        granules = by_scalar(np.ascontiguousarray(np.ascontiguousarray(values.T).view(self.memory.dtype).T))
         owners = self.owner[shadows]
         if np.count_nonzero(owners):
             foreign = (owners != 0) & (owners != warp.block.number + 1) & (self.memory[index] != granules)
@@ -200,6 +220,7 @@ class Memory:
         self.hidden[shadows] = warp.code
         self.owner[shadows] = warp.block.number + 1
         self.epoch[shadows] = UNRELEASED
+        self.weak[shadows] = not strong
         warp.pending.append(shadows)
 
     def drain(self, shadows: np.ndarray) -> None:

@@ -163,7 +163,7 @@ class Launch:
             entries.pop(at)
             self._arrived(entries, shadows)
         else:
-            some = self.adversary.lanes(shadows.shape)
+            some = self.adversary.lanes(shadows.shape[:1])
             entries[at] = shadows[~some]
             if not len(entries[at]):
                 entries.pop(at)

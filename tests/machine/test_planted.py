@@ -121,7 +121,8 @@ REDUNDANT = {
         "load_weights": "nothing has used shared memory before",
     },
     "in the time loop": {
-        "await_flags": "every warp has polled the flags itself, and the barrier of the source comes after",
+        "least_flag": "every warp has polled the flags itself, and the barrier of the source comes after",
+        "await_flags": "the same",
         "collect": "shared memory was last used before the barrier of await_flags",
         "load_at": "the same",
         "min": "every warp puts the same number there",

@@ -146,13 +146,19 @@ class Warp:
         return found
 
     def store_global(
-        self, site: Instruction, address: np.ndarray, mask: np.ndarray | None, width: int, values: list[np.ndarray]
+        self,
+        site: Instruction,
+        address: np.ndarray,
+        mask: np.ndarray | None,
+        width: int,
+        values: list[np.ndarray],
+        strong: bool,
     ) -> None:
         stacked = np.array(values)
         if mask is None:
-            self.block.launch.memory.store(site, self, address, stacked, width)
+            self.block.launch.memory.store(site, self, address, stacked, width, strong)
         elif mask.any():
-            self.block.launch.memory.store(site, self, address[mask], stacked[:, mask], width)
+            self.block.launch.memory.store(site, self, address[mask], stacked[:, mask], width, strong)
         self.block.launch.stored(self)
 
     def atomic(
