@@ -1,7 +1,8 @@
 """The Triton kernels of `lstm_triton`: recurrences, their exchange, their launchers.
 
-Imports only torch, triton and itself. The folder is installed as `lstm_triton.kernels`; another
-well-known distribution owns the top-level name `kernels`, so that import is refused.
+Imports only torch, triton and itself. The folder is the package `lstm_triton.kernels` by a link inside `lstm_triton`,
+however that is installed, or not installed. Another well-known distribution owns the top-level name `kernels`, so that
+import is refused.
 """
 
 if __name__ != "lstm_triton.kernels":

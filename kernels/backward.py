@@ -47,7 +47,7 @@ from .tiles import (
     stack_gates,
     store_gates,
     time_of,
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
@@ -117,9 +117,7 @@ def lstm_backward_kernel(
     if dc_reset is not None:
         dc_fresh = begin_sum(dc_reset, state, owned, compute, CARRIED)
 
-    w_ci = None
-    w_cf = None
-    w_co = None
+    w_ci, w_cf, w_co = None, None, None
     if peephole is not None:
         w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, UNITS_FIRST)
     if NORM:
@@ -177,9 +175,7 @@ def lstm_backward_kernel(
             c_prev = tl.where(fresh, 0.0, c_prev)
             if reset_c is not None:
                 c_prev += tl.load(reset_c + state, mask=fresh, other=0.0).to(compute)
-        keep_h = None
-        keep_c = None
-        g_scale = None
+        keep_h, keep_c, g_scale = None, None, None
         bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, UNITS_FIRST)
         if zoneout_h is not None:
             keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)

@@ -153,7 +153,7 @@ def compile_pass(
     layouts_only: to stop at what `copied_tiles` and `misread_operands` look at; no binary then, but `Lowered`.
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
-    meta = {"dtype": dtype, "device": "meta"}
+    meta: dict[str, Any] = {"dtype": dtype, "device": "meta"}
     gates = torch.empty((layout.rows, directions, 4 * hidden_size), **meta)
     w_hh = torch.empty((directions, 4 * hidden_size, hidden_size), **meta)
     sequence = torch.empty((layout.rows, directions, hidden_size), **meta)

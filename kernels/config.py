@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Text = TypeVar("Text", bound="_Encoded")
 
@@ -28,7 +29,8 @@ class _Encoded:
         expected = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
         if words.keys() != expected.keys() or len(text.split()) != len(expected):
             raise ValueError(f"a {cls.__name__.lower()} has the fields {', '.join(expected)}; got {text!r}")
-        readers = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
+        truth = {"True": True, "False": False}.__getitem__
+        readers: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": truth}
         values = {}
         for name, word in words.items():
             try:

@@ -18,6 +18,8 @@ Buffers (layouts in tiles.py; T*B rows):
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -115,9 +117,7 @@ def lstm_forward_kernel(
         h = tl.load(h_0 + state, mask=owned, other=0.0).to(compute)
         c = tl.load(c_0 + state, mask=owned, other=0.0).to(compute)
 
-    w_ci = None
-    w_cf = None
-    w_co = None
+    w_ci, w_cf, w_co = None, None, None
     if peephole is not None:
         w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, UNITS_FIRST)
     if NORM:
@@ -164,9 +164,7 @@ def lstm_forward_kernel(
         offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
         if PLACEMENT != "single":
             x_i, x_f, x_g, x_o = load_gates(gates, offset, owned, H, compute)
-        keep_h = None
-        keep_c = None
-        g_scale = None
+        keep_h, keep_c, g_scale = None, None, None
         bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, UNITS_FIRST)
         if zoneout_h is not None:
             keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
@@ -310,8 +308,9 @@ def lstm_forward(
     pairs, stats = extras.pairs(layout, config, hidden_size, w_hh), extras.stats(layout, w_hh) if save else None
     carry_h = carry_c = None
     if config.placement == "stepwise":
-        carry = {"dtype": compute_dtype(w_hh.dtype), "memory_format": torch.contiguous_format, "copy": True}
-        carry_h = torch.zeros_like(h_n, dtype=compute_dtype(w_hh.dtype)) if h_0 is None else h_0.to(**carry)
+        dtype = compute_dtype(w_hh.dtype)
+        carry: dict[str, Any] = {"dtype": dtype, "memory_format": torch.contiguous_format, "copy": True}
+        carry_h = torch.zeros_like(h_n, dtype=dtype) if h_0 is None else h_0.to(**carry)
         carry_c = torch.zeros_like(carry_h) if c_0 is None else c_0.to(**carry)
     arguments = dict(
         gates=gates, w_hh=w_hh, h_0=h_0, c_0=c_0, reset_h=reset_h, reset_c=reset_c, out=out, cells=cells, h_n=h_n,

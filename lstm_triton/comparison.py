@@ -7,7 +7,7 @@ one that the layer will run; only batch and sequence are short. Its numbers come
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,10 +19,14 @@ from .kernels.config import Config
 from .layer import DIFFERENTIABLE, OF_SETS, Cotangents, Inputs, Options
 
 ROWS, STEPS = 3, 3
-# How much further from fp64 than PyTorch in the same type: what a compiler gets wrong is off by percents and more.
+# How much further from the truth than PyTorch in the same type: what a compiler gets wrong is off by percents and more.
 FACTOR = 4.0
 # An error below one rounding of the type is luck. tf32 has 10 bits behind the point; three of its products have 21.
 ROUNDING = {"tf32": 2.0**-11, "tf32x3": 2.0**-21}
+
+
+class Incomparable(Exception):
+    """Plain PyTorch cannot compute what a config is to be compared with: by some setting of the process."""
 
 
 def complaint(
@@ -38,7 +42,8 @@ def complaint(
 ) -> str:
     """What is wrong with the results of a pass by these configs; "" if nothing is.
 
-    given: tensors, or anything else but None, for the gradients that a backward pass gets. Raises what a launch raises.
+    given: tensors, or anything else but None, for the gradients that a backward pass gets. Raises what a launch raises,
+    and Incomparable.
     """
 
     def compare() -> str:
@@ -90,7 +95,7 @@ def _compare_forward(tiny: Inputs, options: Options, save: bool, c_dtype: torch.
         assert found.gates is not None
         assert found.cells is not None
         ours += [_live(tensor, tiny, options) for tensor in (found.gates, found.cells)]
-    own, truth = (_by_pytorch(_as(tiny, dtype), options) for dtype in (tiny.x.dtype, torch.float64))
+    own, truth = _in_both_types(lambda dtype: _by_pytorch(_as(tiny, dtype), options), tiny.x.dtype)
     names = ("out", "h_n", "c_n", "the gates", "the cells")
     return _worst(dict(zip(names, zip(ours, own, truth))), tiny.x.dtype, options.precision)
 
@@ -123,10 +128,22 @@ def _compare_backward(tiny: Inputs, options: Options, given: Cotangents, wanted:
             results, directions = zip(*pairs)
             return torch.autograd.grad(results, leaves, directions, materialize_grads=True)
 
-    own, truth = gradients(tiny.x.dtype), gradients(torch.float64)
+    own, truth = _in_both_types(gradients, tiny.x.dtype)
     names = [name for name in DIFFERENTIABLE if asked[name]]
     compared = {f"the gradient of {n}": (ours[n], a, b) for n, a, b in zip(names, own, truth)}
     return _worst(compared, tiny.x.dtype, options.precision)
+
+
+def _in_both_types(
+    compute: Callable[[torch.dtype], tuple[Tensor, ...]], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """By PyTorch, in a type and in one that is far more precise."""
+    try:
+        return compute(dtype), compute(torch.float64 if dtype == torch.float32 else torch.float32)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise Incomparable(f"{type(error).__name__}: {error}") from error
 
 
 def _as(v: Inputs, dtype: torch.dtype) -> Inputs:
@@ -164,11 +181,11 @@ def _live(by_row: Tensor, v: Inputs, options: Options) -> Tensor:
 
 
 def _worst(compared: Mapping[str, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, precision: str) -> str:
-    """Of (ours, PyTorch's, in fp64) by name, what is furthest beyond its limit in words; "" if nothing is."""
+    """Of (ours, PyTorch's, the truth) by name, what is furthest beyond its limit in words; "" if nothing is."""
     unit = ROUNDING.get(precision, 0.0) if dtype == torch.float32 else 0.0
     unit = max(unit, torch.finfo(dtype).eps)
     sizes = torch.stack([
-        torch.stack([_rms(ours.double() - truth.reshape(ours.shape)), _rms(own.double() - truth), _rms(truth)])
+        torch.stack([_rms(ours.double() - truth.reshape(ours.shape)), _rms(own.double() - truth), _rms(truth.double())])
         for ours, own, truth in compared.values()
     ]).tolist()  # fmt: skip
     worst = ("", 1.0)

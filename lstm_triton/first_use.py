@@ -65,7 +65,8 @@ def _ensure(
     c_dtype: torch.dtype | None,
     given: Cotangents,
     wanted: Mapping[str, bool],
-) -> None:
+) -> bool:
+    """Whether such a call is new."""
     layout, names = options.layout(v.x), tuple(tensor is not None for tensor in (*v, *given))
     single = layout.seq_len == 1
     call = (
@@ -74,7 +75,7 @@ def _ensure(
         options.plan, None if v.c_0 is None else v.c_0.dtype,
     )  # fmt: skip
     if call in _settled:
-        return
+        return False
     device = kernel_device(v.x.device)
     assert not isinstance(device, NoPlan)
     while True:
@@ -87,11 +88,14 @@ def _ensure(
         complaint = _known(device, key)
         if complaint is None:
             if is_capturing(v.x.device):
-                return
+                return True
             try:
                 complaint = comparison.complaint(which, forward, backward, v, options, save, c_dtype, given, wanted)
             except torch.OutOfMemoryError:
-                return  # compared another time
+                return True  # compared another time
+            except comparison.Incomparable as error:
+                _warn_once(f"configs are used without a comparison with plain PyTorch, which fails: {error}")
+                break
             except Exception as error:  # what cannot be compiled is left out like what is wrong; all else is the call's
                 if not isinstance(error, TritonError) and "PassManager" not in str(error):
                     raise
@@ -102,6 +106,7 @@ def _ensure(
         _settled.clear()  # another call may have had this config
         leave_out(problem_of(which, v, options, layout.batch), device, plan.config, complaint)
     _settled.add(call)
+    return True
 
 
 def _key(which: str, forward: Config, backward: Config | None, call: tuple) -> str:

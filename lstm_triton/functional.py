@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from . import batching as batching  # registers what vmap makes of the operators
-from . import eager, ops, reference
+from . import eager, ops
 from .device import on_gpu
-from .kernels.config import PLAIN_CELL, Cell
-from .layer import Inputs
+from .fallback import layer_by_pytorch
+from .kernels.config import PLAIN_CELL
 from .projection import LayerResult, projected_layer
 from .routing import (
     BACKENDS,
@@ -26,7 +25,6 @@ from .routing import (
     check_choice,
     kernel_refusal,
     needs_gradient,
-    transformed,
     warn_once_of_the_loop,
     without_autocast,
 )
@@ -182,7 +180,7 @@ def lstm(
                     raise
                 # A call like this one is refused from now on, by what was left out.
         with without_autocast(device.type):
-            return _torch_layer(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+            return layer_by_pytorch(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
 
     results = []
     for index in range(num_layers):
@@ -205,24 +203,6 @@ def lstm(
         return results[-1].out, h_n, c_n
     padding = None if lengths is None else _padding(lengths, input, batch_first)
     return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
-
-
-def _torch_layer(
-    tensors: tuple, batch_first: bool, bidirectional: bool, cell: Cell, recompute: str, by_aten: bool
-) -> LayerResult:
-    """One layer by aten or step by step in plain PyTorch; whole once more in backward if anything is to be recomputed.
-
-    (Not under torch.func's transforms, which do not go with the hooks that this takes.)
-    """
-
-    def run(*given):
-        if by_aten:
-            return (*ops.without_kernels(Inputs(*given), batch_first, bidirectional, training=True), None, None)
-        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
-
-    if recompute != "none" and not transformed():
-        return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
-    return LayerResult(*run(*tensors))
 
 
 def _keep(tensors: tuple, recompute: str, return_states: Sequence[str]) -> str:

@@ -207,8 +207,9 @@ def extras_of(v: Inputs, options: Options) -> Extras:
         batch, hidden_size = options.layout(v.x).batch, v.w_hh.shape[2]
         assert v.seed is not None
         h_mask = sequence_mask(v.seed, batch, hidden_size, RECURRENT, cell.variational_h, v.x.dtype, options.order)
-    weights = (ready(tensor) for tensor in (v.peephole, v.gain_hh, v.norm_c, v.seed))
-    return Extras(cell, *weights, h_mask, options.time_begin)
+    return Extras(
+        cell, ready(v.peephole), ready(v.gain_hh), ready(v.norm_c), ready(v.seed), h_mask, options.time_begin
+    )  # fmt: skip
 
 
 def input_mask(v: Inputs, options: Options) -> Tensor | None:

@@ -38,15 +38,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from . import adjoint, first_use, reference, windows
+from . import adjoint, first_use, windows
 from . import layer as layers
-from .device import on_gpu
+from .fallback import gradients_with_a_graph, without_kernels
 from .kernels.config import PLAIN_CELL, Cell
 from .kernels.launch import LaunchRefused, compute_dtype
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
 from .precision import matmul_precision, resolve_precision
-from .routing import warn_once_of_the_loop, without_autocast, without_waiting
+from .routing import without_autocast, without_waiting
 
 Result = TypeVar("Result")
 KEEPS = ("nothing", "all", "cells")
@@ -76,26 +76,6 @@ def _options(
 
 def _c_dtype(x: Tensor, batch_invariant: bool) -> torch.dtype:
     return compute_dtype(x.dtype) if batch_invariant else x.dtype
-
-
-def without_kernels(
-    v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell = PLAIN_CELL, training: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer by aten, or step by step where aten lacks something; as cuDNN has it, only `training` has a gradient."""
-    directions = 2 if bidirectional else 1
-    marked = v.lengths is not None or v.reset is not None or v.peephole is not None or v.gain_ih is not None
-    if marked or cell != PLAIN_CELL or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
-        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
-        return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
-    batch = v.x.shape[0] if batch_first else v.x.shape[1]
-    zeros = v.x.new_zeros((directions, batch, v.w_hh.shape[2]))
-    state = [zeros if tensor is None else tensor.to(v.x.dtype) for tensor in (v.h_0, v.c_0)]
-    weights = []
-    for index in range(directions):
-        weights += [v.w_ih[index], v.w_hh[index]]
-        if v.bias is not None:
-            weights += [v.bias[index], torch.zeros_like(v.bias[index])]
-    return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
 
 
 def compute_layer(
@@ -287,28 +267,13 @@ def gradients(
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # create_graph=True
         batch_first, bidirectional, *_, cell = ctx.options
-        found = _with_a_graph(given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell, wanted)
+        found = gradients_with_a_graph(
+            given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell_of(cell), wanted
+        )
     else:
         found = run(*given, *saved, *ctx.options, wanted)
     grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
     return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
-
-
-def _with_a_graph(
-    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: str, wanted: list[bool]
-) -> list[Tensor]:
-    """The wanted gradients as functions that autograd can differentiate again: step by step."""
-    if on_gpu(v.x.device):
-        warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
-    if cell_of(cell).grad_clip:
-        raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
-    options = {"batch_first": batch_first, "bidirectional": bidirectional, "cell": cell_of(cell)}
-    results = reference.ensemble_forward(*v, **options)
-    inputs = [getattr(v, name) for name in DIFFERENTIABLE]
-    pairs = [(result, given) for result, given in zip(results, cotangents) if given is not None]
-    targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
-    given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]
-    return list(torch.autograd.grad(*given, create_graph=True, materialize_grads=True))
 
 
 layer.register_autograd(

@@ -24,12 +24,12 @@ import steps
 import torch
 import triton
 from host_overhead import HIDDEN as HIDDEN_OF_HOST
-from lstm_triton.kernels.compile import compile_pass
-from lstm_triton.kernels.config import Config
 from shapes import SETS
 from tqdm import tqdm
 
 from lstm_triton.device import KNOWN, Device, device_of
+from lstm_triton.kernels.compile import compile_pass
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import NoPlan, plan
 from lstm_triton.problem import PASSES, Problem
 

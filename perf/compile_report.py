@@ -26,13 +26,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
-from lstm_triton.kernels.compile import Report, compile_pass, report_of
-from lstm_triton.kernels.config import Config
 from step_model import predict
 from tqdm import tqdm
 
 from lstm_triton.cost import MACHINES, Step
 from lstm_triton.device import KNOWN, Device
+from lstm_triton.kernels.compile import Report, compile_pass, report_of
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import NoPlan, candidates, plan, refusal
 from lstm_triton.problem import PASSES, Problem, bucket_of_batch
 from lstm_triton.variant import Variant

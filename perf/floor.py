@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from lstm_triton.kernels.alarm import board_of
-from lstm_triton.kernels.exchange import await_flags, collect, publish, publishable, raise_flag
 from rows import Row, bound_said, device_here, digits, host_bound, provenance, start, write_rows
 from shapes import DTYPES, Shape
 
+from lstm_triton.kernels.alarm import board_of
+from lstm_triton.kernels.exchange import await_flags, collect, publish, publishable, raise_flag
 from lstm_triton.tuning.clock import Times, times_of
 
 ROWS, UNITS = 16, 16  # the tile of a program: 16 sequences by 16 hidden units

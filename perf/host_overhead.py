@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton
-from lstm_triton.kernels.compile import compiling_for
 from torch import nn
 
 from lstm_triton import LSTM, eager, layer, routing
 from lstm_triton.device import KNOWN
+from lstm_triton.kernels.compile import compiling_for
 
 CALLS, WARM_UP = 300, 20
 INPUTS, HIDDEN = 8, 16

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from lstm_triton.kernels.config import Config
 from rows import needs_gpu
 from torch import Tensor, nn
 
 from lstm_triton.cost import microseconds_per_step
 from lstm_triton.device import Device, device_of
 from lstm_triton.functional import lstm
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import candidates
 from lstm_triton.problem import PASSES, Problem
 

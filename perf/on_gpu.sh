@@ -61,9 +61,8 @@ trap 'rm -rf "$site"' EXIT
 import importlib.util, pathlib, shutil, sys
 
 home, site = map(pathlib.Path, sys.argv[1:])
-for name, target in {"lstm_triton": "", "kernels": "lstm_triton/", "tests": "", "perf": ""}.items():
-    ignored = shutil.ignore_patterns("__pycache__", "results", ".*")
-    shutil.copytree(home / name, site / (target + name), ignore=ignored)
+for name in ("lstm_triton", "tests", "perf"):
+    shutil.copytree(home / name, site / name, ignore=shutil.ignore_patterns("__pycache__", "results", ".*"))
 shutil.copy(home / "pyproject.toml", site)
 for path in (home / "perf/stand_ins").glob("*.py"):
     if importlib.util.find_spec(path.stem) is None:

@@ -10,11 +10,12 @@ import itertools
 import sys
 
 import torch
+from rows import needs_gpu
+
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.extras import PLAIN, Extras
 from lstm_triton.kernels.forward import lstm_forward
-from rows import needs_gpu
 
 HIDDEN, BATCH, STEPS = 512, 16, 32
 

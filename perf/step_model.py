@@ -6,11 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 
-from lstm_triton.kernels.config import Config
-from lstm_triton.kernels.listing import MATRIX, Loop
-
 from lstm_triton.cost import CHAIN_CYCLES, WIDE_CYCLES, Counts, Step, accumulators, step_of
 from lstm_triton.device import Device
+from lstm_triton.kernels.config import Config
+from lstm_triton.kernels.listing import MATRIX, Loop
 from lstm_triton.problem import Problem, ceil_div
 
 THREADS = 32  # of a warp

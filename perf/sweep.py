@@ -25,7 +25,6 @@ import torch
 from check import Truth
 from floor import Ceilings, rows_of
 from floor import measure as measure_ceilings
-from lstm_triton.kernels.compile import compile_pass
 from measure import Measurement, cold_ms, once
 from providers import PROVIDERS, Unsupported
 from rows import Row, RowsError, bound_said, device_here, digits, host_bound, provenance, start, write_rows
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from lstm_triton import LSTM, explain
 from lstm_triton.device import Device, device_of
+from lstm_triton.kernels.compile import compile_pass
 from lstm_triton.planner import NoPlan
 from lstm_triton.problem import PASSES, Problem
 from lstm_triton.routing import plan_for

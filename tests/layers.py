@@ -15,9 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from lstm_triton.kernels.backward import lstm_backward
-from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
-from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from lstm_triton import LSTM, adjoint, layer, reference
 from lstm_triton.adjoint import operand_of, product_of
 from lstm_triton.equations import Variants
+from lstm_triton.kernels.backward import lstm_backward
+from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
+from lstm_triton.kernels.forward import lstm_forward
 from lstm_triton.layer import DIFFERENTIABLE as INPUTS
 from lstm_triton.layer import WEIGHTS, Inputs, Options, extras_of, marks_of, projected_input
 

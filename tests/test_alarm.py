@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from lstm_triton.kernels import alarm, launch
 from lstm_triton.kernels.config import Config
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lstm_triton.kernels.config import PLAIN_CELL
-from lstm_triton.kernels.matmul import matmul
 
 from lstm_triton import LSTM, layer
 from lstm_triton.device import KNOWN
+from lstm_triton.kernels.config import PLAIN_CELL
+from lstm_triton.kernels.matmul import matmul
 from lstm_triton.problem import Problem
 from lstm_triton.recipes.interpreter import ordered_dots
 

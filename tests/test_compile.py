@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+
+from lstm_triton.cost import shared_bytes
+from lstm_triton.device import KNOWN
 from lstm_triton.kernels.backward import lstm_backward_kernel
 from lstm_triton.kernels.compile import compile_pass, compiling_for, report_of
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.matmul import matmul_kernel
 from lstm_triton.kernels.product import DROPPED
-
-from lstm_triton.cost import shared_bytes
-from lstm_triton.device import KNOWN
 from lstm_triton.planner import plan, plan_single
 from lstm_triton.problem import PASSES, Problem
 
@@ -270,7 +270,7 @@ sys.exit(compile_report.main(["--arch", "sm_90", "--hidden-size", "512", "--batc
 """
 
 
-@pytest.mark.parametrize("arguments", [["--hidden-size", "0"], ["--arch", "sm_42"], ["--dtype", "int8"]])
+@pytest.mark.parametrize("arguments", [["--hidden-size", "0"], ["--one-in", "0"], ["--arch", "sm_42"], ["--dtype", "int8"]])
 def test_the_report_refuses_wrong_arguments(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, REPORT, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

@@ -10,11 +10,11 @@ import pytest
 import torch
 from engines import Engine
 from layers import Case, run_recurrence
-from lstm_triton.kernels import forward
-from lstm_triton.kernels.config import Cell, Config, chance
 from planted import plant_everywhere
 from torch import Tensor
 
+from lstm_triton.kernels import forward
+from lstm_triton.kernels.config import Cell, Config, chance
 from lstm_triton.recipes.interpreter import Deadlock, cooperative
 
 SEEDS = range(100)

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from layers import assert_like, use_configs, with_exact_products
-from lstm_triton.kernels.config import Config
 from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain
 from lstm_triton.device import Device, device_of
 from lstm_triton.doctor import self_check
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import candidates, plan
 from lstm_triton.problem import PASSES, Problem
 from lstm_triton.tuning import contest, store

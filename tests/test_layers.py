@@ -6,10 +6,10 @@ import layers
 import pytest
 import torch
 from layers import assert_like, away_from_clips, use_configs, with_exact_products
-from lstm_triton.kernels.config import Config
 from torch.utils._pytree import tree_leaves
 
 from lstm_triton import LSTM
+from lstm_triton.kernels.config import Config
 
 STEPWISE = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
 

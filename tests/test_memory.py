@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from layers import INPUTS, OUTPUTS, Case, arguments, assert_as_good_as_torch
-from lstm_triton.kernels.backward import lstm_backward
-from lstm_triton.kernels.forward import lstm_forward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lstm_triton import LSTM, adjoint, layer, ops, windows
+from lstm_triton.kernels.backward import lstm_backward
+from lstm_triton.kernels.forward import lstm_forward
 
 MODES = ["none", "gates", "chunk:1", "chunk:3", "chunk:100"]
 KEEP = {"none": "all", "gates": "cells"}

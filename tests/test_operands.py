@@ -13,13 +13,13 @@ import pytest
 import torch
 import triton
 from compile_report import INPUTS, Job, compile_job
+from planted import plant
+
+from lstm_triton.device import KNOWN
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels import listing
 from lstm_triton.kernels.config import Config
 from lstm_triton.kernels.listing import misread_operands
-from planted import plant
-
-from lstm_triton.device import KNOWN
 from lstm_triton.planner import NoPlan, plan
 from lstm_triton.problem import LARGEST_BATCH, PASSES, SMALLEST_BATCH, Problem, bucket_of_hidden_size
 

@@ -6,9 +6,9 @@ import layers
 import pytest
 import torch
 from layers import INPUTS, Case, backward_of, run_recurrence
-from lstm_triton.kernels.config import Config
 
 from lstm_triton import functional, layer, ops
+from lstm_triton.kernels.config import Config
 from lstm_triton.recipes.interpreter import cooperative
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)

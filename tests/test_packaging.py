@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lstm_triton": ROOT / "lstm_triton", "lstm_triton.kernels": ROOT / "kernels"}
@@ -18,8 +20,6 @@ SHIPPED = ROOT / "lstm_triton" / "tuning" / "shipped"
 
 
 def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
 
@@ -28,9 +28,9 @@ def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedP
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Of a copy, since a build writes beside the sources, and with what is installed, since an index may not answer."""
     folder, copy = (tmp_path_factory.mktemp(name) for name in ("dist", "copy"))
-    for source in (ROOT / "lstm_triton", ROOT / "kernels"):
-        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for source in (ROOT / "lstm_triton", ROOT / "kernels", ROOT / "tests"):
+        shutil.copytree(source, copy / source.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -49,7 +49,10 @@ def test_wheel_and_sdist(distributions: tuple[Path, Path]) -> None:
     shipped = {f"lstm_triton/tuning/shipped/{path.name}" for path in SHIPPED.glob("*.json")}
     assert names == expected | shipped | {"lstm_triton/py.typed"}
     with tarfile.open(sdist) as archive:
-        assert any(name.endswith("LICENSE") for name in archive.getnames())
+        packed = archive.getnames()
+    assert any(name.endswith("LICENSE") for name in packed)
+    assert any(name.endswith("lstm_triton/kernels/forward.py") for name in packed)
+    assert not [name for name in packed if "/tests/" in name], "they would not run without the rest of the checkout"
 
 
 def test_the_wheel_runs_where_it_is_unpacked(distributions: tuple[Path, Path], tmp_path: Path) -> None:
@@ -58,6 +61,26 @@ def test_the_wheel_runs_where_it_is_unpacked(distributions: tuple[Path, Path], t
     done = run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.parametrize("way", ["not installed", "pip install .", "pip install -e ."])
+def test_a_checkout_can_be_imported_from_inside(way: str, distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    """However it is installed, the kernels are there; what a newcomer does first."""
+    site = tmp_path / "site"  # the environment's packages without its own link to the checkout
+    site.mkdir()
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if "lstm_triton" not in path.name:
+            (site / path.name).symlink_to(path)
+    if way == "pip install .":
+        zipfile.ZipFile(distributions[0]).extractall(site)
+    paths = [str(site)] + [str(ROOT)] * (way == "pip install -e .")
+    code = "import lstm_triton.kernels.forward as f, lstm_triton as l, torch; print(f.__file__, l.LSTM(3, 4)(torch.ones(2, 1, 3))[0].shape)"  # fmt: skip
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT / "lstm_triton" / "kernels" / "forward.py") in done.stdout
 
 
 def test_kernels_is_no_top_level_package() -> None:

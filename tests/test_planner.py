@@ -6,10 +6,10 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from lstm_triton.kernels.config import Config
 
 from lstm_triton.cost import microseconds_per_step, shared_bytes
 from lstm_triton.device import INTERPRETER, KNOWN, Device
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import NoPlan, Plan, fits, plan, refusal
 from lstm_triton.problem import PASSES, Problem, ceil_div
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lstm_triton.kernels import forward
 
 from lstm_triton import LSTM, layer, precision
+from lstm_triton.kernels import forward
 from lstm_triton.precision import matmul_precision
 
 VARIANTS = dict(

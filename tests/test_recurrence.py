@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import Engine
 from layers import Case, assert_as_good_as_torch, by_kernels
+
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from layers import Case, assert_as_good_as_torch, by_kernels
-from lstm_triton.kernels.config import Config
 from torch import Tensor
 
 from lstm_triton import LSTM, LSTMCell, explain, layer
 from lstm_triton.device import KNOWN
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import SINGLE_BATCH, plan_single
 from lstm_triton.problem import Problem
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from layers import Case, assert_as_good_as_torch, by_reference, relative_errors, to_tf32, truncated
+
 from lstm_triton.kernels.product import DROPPED
 
 RESTORED = 1 + 2 * DROPPED.value

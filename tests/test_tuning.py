@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lstm_triton.kernels.config import Config
 from processes import FOREVER, side_by_side
 from test_table import BOUT, CONFIG, H100, PROBLEM, table
 
 from lstm_triton import routing
 from lstm_triton.cudnn import Call
 from lstm_triton.device import INTERPRETER, KNOWN
+from lstm_triton.kernels.config import Config
 from lstm_triton.planner import candidates, fits, plan
 from lstm_triton.problem import Problem, bucket_of
 from lstm_triton.tuning import first_call, search, store

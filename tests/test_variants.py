@@ -9,11 +9,11 @@ import pytest
 import torch
 from engines import Engine
 from layers import Case, arguments, assert_as_good_as_torch, backward_of, by_kernels
-from lstm_triton.kernels.config import Cell, Config, chance
 from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton import LSTM, LSTMCell, functional, philox
+from lstm_triton.kernels.config import Cell, Config, chance
 from lstm_triton.variant import Variant
 
 SAMPLED = {"sampled": True}

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from layers import backward_of
+from planted import plant, prune
+
+from lstm_triton.device import KNOWN
 from lstm_triton.kernels import activate, backward, forward, masks
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels.config import Cell, Config, Layout, chance
 from lstm_triton.kernels.extras import Extras
-from planted import plant, prune
-
-from lstm_triton.device import KNOWN
 from lstm_triton.planner import plan
 from lstm_triton.problem import PASSES, Problem
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from engines import Engine
+
 from lstm_triton.kernels.listing import misread_operands
 
 pytestmark = pytest.mark.machine

@@ -6,11 +6,11 @@ import pytest
 import torch
 from engines import Engine
 from layers import Case, run_recurrence
-from lstm_triton.kernels.config import Config
 from planted import plant_everywhere
 from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain, functional
+from lstm_triton.kernels.config import Config
 
 from .driver import Machine, _packed, running
 from .faults import Deadlock, LaunchError, MachineError

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import Engine
-from lstm_triton.kernels import backward, forward
 from torch import nn
 
 from lstm_triton import LSTM, comparison, first_use, routing
+from lstm_triton.kernels import backward, forward
 from lstm_triton.tuning import store
 from lstm_triton.tuning.table import Entry
 
@@ -277,6 +277,19 @@ def test_errors_of_the_device_are_not_complaints(engine: Engine, compared, monke
     with engine(), torch.no_grad():
         LSTM(5, 16).half()(torch.randn(3, 2, 5).half())
     assert not first_use._found, "it is compared another time"
+
+
+def test_what_pytorch_cannot_compute_is_not_compared(engine: Engine, compared, monkeypatch, caplog) -> None:
+    def fail(*arguments, **options):
+        raise RuntimeError("gather has no deterministic implementation")
+
+    monkeypatch.setattr(comparison.reference, "ensemble_forward", fail)
+    with engine() as machine, torch.no_grad():
+        for _ in range(2):
+            LSTM(5, 16).half()(torch.randn(3, 2, 5).half())
+    assert [text for text in caplog.messages if "no deterministic implementation" in text] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert machine.launches.count("lstm_forward_kernel") == 3, "one of them to be compared"
 
 
 def test_random_numbers_of_the_user_stay_theirs(engine: Engine, compared) -> None:

@@ -12,12 +12,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import lstm_triton.kernels
 import pytest
 import torch
 import triton
 from engines import adversaries
 from layers import Case, run_recurrence
+
+import lstm_triton.kernels
 from lstm_triton.kernels.config import Config
 
 from .driver import Machine, running

@@ -9,11 +9,11 @@ import pytest
 import torch
 from engines import Engine
 from layers import Case, run_recurrence
-from lstm_triton.kernels.config import Config
 from planted import plant_everywhere
 from torch import nn
 
 from lstm_triton import LSTM, device, routing
+from lstm_triton.kernels.config import Config
 
 from .driver import Machine, running
 
