@@ -1,10 +1,10 @@
 """The end of a wait in vain: what programs say before one of them stops the device, and what the host makes of it.
 
-A program that waits for neighbours polls them. After PATIENCE polls, which take a GPU 5 to 10 seconds (a poll is a trip
+A program that waits for neighbours polls them. After PATIENCE polls, which take a GPU about a minute (a poll is a trip
 to L2 and some barriers, 0.3 to 0.6 us), it says for whom, in a board that the host can read; GRACE polls later, when
-everybody who waits has said so, it traps. Polls are counted and not seconds: under a debugger or beside another process
-everything becomes slower alike. CUDA then fails every further call with an error that says nothing: the board is what
-there is to know.
+everybody who waits has said so, it traps. A minute, since kernels of other streams may hold multiprocessors for long;
+and polls, since under a debugger or beside another process everything becomes slower alike. CUDA then fails every
+further call with an error that says nothing: the board is what there is to know.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 import triton.language as tl
 
-PATIENCE = tl.constexpr(1 << 24)
+PATIENCE = tl.constexpr(1 << 27)
 GRACE = tl.constexpr(1 << 21)
 # A board: MARK once a program has trapped; then of every hidden tile a word. From its low end: the step (STEP_BITS);
 # first and last hidden tile that its program waits for, and a number of those programs that exchange with each other,
@@ -44,7 +44,7 @@ def board_of(device: torch.device, backward: bool) -> torch.Tensor:
 def raised() -> str:
     """What programs have said before one of them trapped, in words, once; "" if none has."""
     said = []
-    for device, boards in _boards.items():
+    for device, boards in list(_boards.items()):
         for name, board in zip(PASSES, boards):
             if board[0]:
                 said.append(f"{name} pass on {device}: {_in_words(board[1:].tolist())}")

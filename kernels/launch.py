@@ -148,7 +148,7 @@ def on_device_of(tensor: torch.Tensor) -> torch.accelerator.device_index:
 def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
     """Launch a pass on the device of its tensors; `arguments` are the kernel's own.
 
-    RuntimeError if a program has waited in vain, in this launch or in one before.
+    RuntimeError in words if CUDA fails because a program has waited in vain in an earlier launch.
     """
     with on_device_of(recurrence.first_exchanged):
         for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):

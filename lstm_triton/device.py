@@ -62,12 +62,13 @@ KNOWN = {
 INTERPRETER = Device("Triton interpreter", "interpreter", 1, 1 << 30, cooperative=False)
 
 
+NO_DRIVER = "Triton's driver does not start"
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH of CUDA's driver API
 _refused: set[torch.device] = set()  # devices that have refused a cooperative launch
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether tensors on this device are a GPU's, or on the CPU where Triton's active driver takes them for its own."""
+    """Whether tensors on this device are a GPU's, or on the CPU where Triton's active driver stands in for one."""
     return device.type == "cuda" or _stands_in(device)
 
 
@@ -120,8 +121,8 @@ def _limited(found: Device, device: torch.device) -> Device:
 
 
 def _stands_in(device: torch.device) -> bool:
-    driver = triton.runtime.driver._active  # never made here: a GPU's driver may not be able to start
-    return device.type == "cpu" and driver is not None and driver.get_active_torch_device().type == "cpu"
+    # Never made here, and asked nothing: a GPU's driver may not be able to start, or not in this process.
+    return device.type == "cpu" and getattr(triton.runtime.driver._active, "stands_in_for_a_gpu", False)
 
 
 @cache
@@ -131,7 +132,7 @@ def _device_of(index: int) -> Device | str:
         # The limit that Triton itself checks a kernel against.
         shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     except Exception as error:  # compilers, loaders and headers that are not there: whatever it is, it is the reason
-        return f"Triton's driver does not start: {type(error).__name__}: {str(error).strip() or 'no message'}"
+        return f"{NO_DRIVER}: {type(error).__name__}: {str(error).strip() or 'no message'}"
     sizes = properties.multi_processor_count, shared_memory
     if torch.version.hip is not None:
         return Device(properties.name, properties.gcnArchName.split(":")[0], *sizes, cooperative=False)

@@ -60,11 +60,31 @@ def gradients_with_a_graph(
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
     if cell.grad_clip:
         raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
-    results = reference.ensemble_forward(
-        *v, batch_first=batch_first, bidirectional=bidirectional, cell=cell
-    )  # fmt: skip
+    return _gradients(cotangents, v, batch_first, bidirectional, cell, wanted, True)
+
+
+def gradients_by_pytorch(
+    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, wanted: list[bool]
+) -> list[Tensor]:
+    """The wanted gradients where no config of the backward pass is left: step by step."""
+    with torch.enable_grad():
+        floating = {name: t for name, t in v._asdict().items() if t is not None and t.is_floating_point()}
+        leaves = v._replace(**{name: tensor.detach().requires_grad_() for name, tensor in floating.items()})
+        return _gradients(cotangents, leaves, batch_first, bidirectional, cell, wanted, False)
+
+
+def _gradients(
+    cotangents: list[Tensor | None],
+    v: Inputs,
+    batch_first: bool,
+    bidirectional: bool,
+    cell: Cell,
+    wanted: list[bool],
+    create_graph: bool,
+) -> list[Tensor]:
+    results = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
     inputs = [getattr(v, name) for name in DIFFERENTIABLE]
-    pairs = [(result, given) for result, given in zip(results, cotangents) if given is not None]
+    pairs = [(result, given.to(result.dtype)) for result, given in zip(results, cotangents) if given is not None]
     targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
     given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]
-    return list(torch.autograd.grad(*given, create_graph=True, materialize_grads=True))
+    return list(torch.autograd.grad(*given, create_graph=create_graph, materialize_grads=True))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -67,12 +68,13 @@ def _ensure(
     wanted: Mapping[str, bool],
 ) -> bool:
     """Whether such a call is new."""
-    layout, names = options.layout(v.x), tuple(tensor is not None for tensor in (*v, *given))
+    layout, names = options.layout(v.x), tuple(tensor is not None for tensor in v)
+    types = tuple(None if tensor is None else tensor.dtype for tensor in given)
     single = layout.seq_len == 1
     call = (
         which, v.x.device, v.x.dtype, v.x.dim(), v.w_hh.shape, v.x.shape[-1] if single else 0, names, save, c_dtype,
         bucket_of_batch(layout.batch), single, options.order, options.batch_invariant, options.precision, options.cell,
-        options.plan, None if v.c_0 is None else v.c_0.dtype,
+        options.plan, None if v.c_0 is None else v.c_0.dtype, types,
     )  # fmt: skip
     if call in _settled:
         return False
@@ -91,9 +93,7 @@ def _ensure(
                 return True
             try:
                 complaint = comparison.complaint(which, forward, backward, v, options, save, c_dtype, given, wanted)
-            except torch.OutOfMemoryError:
-                return True  # compared another time
-            except comparison.Incomparable as error:
+            except (torch.OutOfMemoryError, comparison.Incomparable) as error:
                 _warn_once(f"configs are used without a comparison with plain PyTorch, which fails: {error}")
                 break
             except Exception as error:  # what cannot be compiled is left out like what is wrong; all else is the call's
@@ -111,12 +111,13 @@ def _ensure(
 
 def _key(which: str, forward: Config, backward: Config | None, call: tuple) -> str:
     """What a binary depends on, as a text: no device, no batch; of the cell's numbers only whether they are 0."""
-    _, _, dtype, dims, shape, inputs, names, save, c_dtype, _, single, order, _, precision, cell, _, c_0 = call
+    _, _, dtype, dims, shape, inputs, names, save, c_dtype, _, single, order, _, precision, cell, _, c_0, types = call
     given = "".join(str(int(name)) for name in names)
     of_cell = "".join(str(int(bool(value))) for value in vars(cell).values())
-    configs = "|".join(config.encode() for config in (forward, backward) if config is not None)
+    # How many batch tiles share a launch is no part of a binary.
+    configs = "|".join(replace(one, max_batch_tiles=0).encode() for one in (forward, backward) if one is not None)
     return f"{which} {dtype} {dims} {tuple(shape)} {inputs} {given} {save} {c_dtype} {single} {order} {precision} " + (
-        f"{of_cell} {c_0} {configs}"
+        f"{of_cell} {c_0} {types} {configs}"
     )
 
 

@@ -40,13 +40,14 @@ from torch import Tensor
 
 from . import adjoint, first_use, windows
 from . import layer as layers
-from .fallback import gradients_with_a_graph, without_kernels
+from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
+from .kernels.alarm import raised
 from .kernels.config import PLAIN_CELL, Cell
 from .kernels.launch import LaunchRefused, compute_dtype
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
 from .precision import matmul_precision, resolve_precision
-from .routing import without_autocast, without_waiting
+from .routing import Unusable, warn_once_of_the_loop, without_autocast, without_waiting
 
 Result = TypeVar("Result")
 KEEPS = ("nothing", "all", "cells")
@@ -119,16 +120,21 @@ def compute_layer(
 
 
 def _on_kernels(v: Inputs, options: Options, run: Callable[[], Result]) -> Result:
-    """What surrounds a whole pass: casts are done, GEMMs have the precision of the recurrence.
+    """What surrounds a whole pass: casts are done, and what CUDA says of a wait in vain is said in words.
 
     Where the device refuses a launch whose programs wait for each other, the pass is computed anew without such.
     """
-    with without_autocast(v.x.device.type), matmul_precision(v.x.dtype, options.precision):
-        try:
+    try:
+        with without_autocast(v.x.device.type):
+            try:
+                return run()
+            except LaunchRefused as refused:
+                without_waiting(v.x.device, refused)
             return run()
-        except LaunchRefused as refused:
-            without_waiting(v.x.device, refused)
-        return run()
+    except RuntimeError as error:
+        if said := raised():
+            raise RuntimeError(said) from error
+        raise
 
 
 def _keeping(
@@ -149,7 +155,8 @@ def _keeping(
             return out, h_n, c_n, *empty
     save = keep != "nothing"
     first_use.ensure_forward(v, options, save, c_dtype)
-    out, h_n, c_n, gates, cells, stats = layers.forward(v, options, save, c_dtype)
+    with matmul_precision(v.x.dtype, options.precision):
+        out, h_n, c_n, gates, cells, stats = layers.forward(v, options, save, c_dtype)
     kept = gates if keep == "all" else None, cells, stats
     return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
@@ -225,8 +232,9 @@ def compute_layer_backward(
         if size:
             return windows.backward(v, options, size, kept_1, kept_2, given, asked)
         first_use.ensure_backward(v, options, given, asked)
-        gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
-        return adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+        with matmul_precision(v.x.dtype, options.precision):
+            gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
+            return adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
 
     found = _on_kernels(v, options, run)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
@@ -265,13 +273,19 @@ def gradients(
     given = list(cotangents[:-1])  # the moments of layer normalisation are constants
     if all(cotangent is None for cotangent in given):
         return (None,) * len(ctx.needs_input_grad)
+    batch_first, bidirectional, *_, cell = ctx.options
+    plainly = given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell_of(cell), wanted
     if torch.is_grad_enabled():  # create_graph=True
-        batch_first, bidirectional, *_, cell = ctx.options
-        found = gradients_with_a_graph(
-            given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell_of(cell), wanted
-        )
+        found = gradients_with_a_graph(*plainly)
     else:
-        found = run(*given, *saved, *ctx.options, wanted)
+        try:
+            found = run(*given, *saved, *ctx.options, wanted)
+        except Unusable as error:
+            # Too late for another path of the whole call; and training goes on.
+            if keep.startswith("chunk") or ctx.options[5]:
+                raise
+            warn_once_of_the_loop(f"no config of a backward pass is left: {error}")
+            found = gradients_by_pytorch(*plainly)
     grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
     return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
 

@@ -72,17 +72,25 @@ def _plan(problem: Problem, device: Device, table: Table, without: frozenset[Con
     none = refusal(device, problem.dtype, problem.precision)
     if none is not None:
         return none
+    if problem.norm and problem.hidden_size == 1 and problem.element_size == 2:
+        return NoPlan(
+            "the layer normalisation of a single unit makes rounding errors of 16-bit cells some hundred times larger"
+        )
     if problem.hidden_size > LARGEST_HIDDEN_SIZE:
         return NoPlan(f"hidden_size is at most {LARGEST_HIDDEN_SIZE} in the kernels, got {problem.hidden_size}")
     found = admissible(problem, device)
     entry = table.entries.get(bucket_of(problem))
     tuned = None if entry is None else placed(entry.config, problem, device)
-    if tuned in found:
-        return Plan(tuned, table.name)
     if found and without:
         found = [config for config in found if config not in without]
         if not found:
-            return NoPlan(f"every config for {problem} was wrong on {device.name} when it was checked")
+            return NoPlan(
+                f"every config for the {problem.which} pass of hidden_size {problem.hidden_size} in {problem.dtype} "
+                f'was wrong on {device.name} when it was checked: backend="torch" does without, and '
+                "LSTM_TRITON_CHECK=off does not ask"
+            )
+    if tuned in found:
+        return Plan(tuned, table.name)
     if not found and problem.norm and not device.cooperative:
         return NoPlan(
             f"layer normalisation spans programs from H = {LARGEST_TILE + 1} on, and then needs a cooperative launch"

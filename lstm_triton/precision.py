@@ -28,13 +28,20 @@ class _Setting:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
+        self.own = threading.local()  # how often the thread that asks holds it
+        self.waiting = 0
         self.users, self.saved = 0, ""  # saved: empty where nothing was changed
 
     def hold(self, wanted: str) -> None:
         settings = torch.backends.cuda.matmul
         with self.changed:
-            while self.users and not _is(settings.fp32_precision, wanted):
+            inside = getattr(self.own, "count", 0)
+            # Who comes while another waits for another precision lets it pass, or it might wait for ever.
+            while self.users and not inside and (self.waiting or not _is(settings.fp32_precision, wanted)):
+                self.waiting += 1
                 self.changed.wait()
+                self.waiting -= 1
+            self.own.count = inside + 1
             if not self.users and not _is(settings.fp32_precision, wanted):
                 self.saved, settings.fp32_precision = settings.fp32_precision, wanted
             self.users += 1
@@ -42,6 +49,7 @@ class _Setting:
     def release(self) -> None:
         settings = torch.backends.cuda.matmul
         with self.changed:
+            self.own.count -= 1
             self.users -= 1
             if not self.users and self.saved:
                 settings.fp32_precision = "none"  # inherited, as it mostly is

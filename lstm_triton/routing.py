@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .cudnn import Call, algorithm
-from .device import INTERPRETER, Device, device_of, on_gpu, plan_without_waiting, stand_in
+from .device import INTERPRETER, NO_DRIVER, Device, device_of, on_gpu, plan_without_waiting, stand_in
 from .kernels.config import PRECISIONS as PRECISIONS
 from .kernels.config import Config
 from .kernels.forward import lstm_forward_kernel
@@ -86,7 +86,7 @@ def leave_out(problem: Problem, device: Device, config: Config, complaint: str) 
         _wrong[device, replace(problem, batch=0)] = known | {config}
         _refusal.cache_clear()
         logger.warning(
-            "a config is left out, as its results are wrong on this GPU. Please report it, with what `python -m "
+            "a config is left out: it does not do on this GPU what it should. Please report it, with what `python -m "
             "lstm_triton doctor` prints: %s pass, %s, %s: %s",
             problem.which, problem, config.encode(), complaint,
         )  # fmt: skip
@@ -309,7 +309,9 @@ def _warn_of_misspelt_variables() -> None:
 
 @cache
 def _log_once(reason: str) -> None:
-    logger.info("LSTM takes PyTorch's path: %s", reason)
+    # That something on this machine is broken is no matter of course.
+    level = logging.WARNING if reason.startswith(NO_DRIVER) else logging.INFO
+    logger.log(level, "LSTM takes PyTorch's path: %s", reason)
 
 
 @cache

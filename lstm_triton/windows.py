@@ -20,6 +20,7 @@ from . import adjoint, first_use, layer
 from .hoisted import ways
 from .kernels.launch import compute_dtype
 from .layer import Cotangents, Inputs, Options
+from .precision import matmul_precision
 
 GATE_BYTES = 64 << 20  # of a window of a forward pass that keeps nothing
 
@@ -97,7 +98,8 @@ def forward(
             one_way = replace(options, order=order, time_begin=start)
             window = window._replace(h_0=h, c_0=c)
             first_use.ensure_forward(window, one_way, False, compute)
-            part, h, c, *_ = layer.forward(window, one_way, False, compute)
+            with matmul_precision(v.x.dtype, options.precision):
+                part, h, c, *_ = layer.forward(window, one_way, False, compute)
             out.narrow(time, start, end - start)[:, :, which] = part.unflatten(-1, (-1, hidden))
         h_n[which], c_n[which] = h, c
     return torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], sets * hidden]), h_n, c_n, at_h, at_c
@@ -123,7 +125,8 @@ def backward(
             window = _restrict(v, options, start, end, which)._replace(h_0=at_h[index, which], c_0=at_c[index, which])
             one_way = replace(options, order=order, time_begin=start)
             first_use.ensure_forward(window, one_way, True)
-            out, _, _, gates, cells, stats = layer.forward(window, one_way, True)
+            with matmul_precision(v.x.dtype, options.precision):
+                out, _, _, gates, cells, stats = layer.forward(window, one_way, True)
             assert gates is not None
             assert cells is not None
             dout = given.out
@@ -132,7 +135,8 @@ def backward(
             asked = {**wanted, "h_0": True, "c_0": True}
             cotangents = Cotangents(dout, dh, dc)
             first_use.ensure_backward(window, one_way, cotangents, asked)
-            parts = adjoint.backward(window, one_way, out, gates, cells, stats, cotangents, asked)
+            with matmul_precision(v.x.dtype, options.precision):
+                parts = adjoint.backward(window, one_way, out, gates, cells, stats, cotangents, asked)
             dh, dc = parts.pop("h_0"), parts.pop("c_0")
             assert dh is not None
             assert dc is not None

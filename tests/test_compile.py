@@ -270,7 +270,9 @@ sys.exit(compile_report.main(["--arch", "sm_90", "--hidden-size", "512", "--batc
 """
 
 
-@pytest.mark.parametrize("arguments", [["--hidden-size", "0"], ["--one-in", "0"], ["--arch", "sm_42"], ["--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "arguments", [["--hidden-size", "0"], ["--one-in", "0"], ["--arch", "sm_42"], ["--dtype", "int8"]]
+)
 def test_the_report_refuses_wrong_arguments(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, REPORT, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

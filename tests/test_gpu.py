@@ -15,7 +15,7 @@ import triton.language as tl
 from layers import assert_like, use_configs, with_exact_products
 from torch import nn
 
-from lstm_triton import LSTM, LSTMCell, explain
+from lstm_triton import LSTM, LSTMCell, comparison, explain
 from lstm_triton.device import Device, device_of
 from lstm_triton.doctor import self_check
 from lstm_triton.kernels.config import Config
@@ -155,6 +155,26 @@ def test_small_launch_with_nan_and_inf_ends(hidden_size: int, value: float) -> N
     torch.cuda.synchronize()
     others = torch.arange(20, device="cuda") != 3
     assert torch.equal(out[:, others], clean[:, others])
+
+
+@pytest.mark.parametrize("hidden_size", [64, 512])
+def test_configs_are_compared_in_both_passes(hidden_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also inside of a backward pass, which is autograd's own thread on a device: by a loss on the last state."""
+    monkeypatch.setenv("LSTM_TRITON_CHECK", "always")
+    made = []
+    real = comparison.complaint
+
+    def noted(*arguments) -> str:
+        made.append((arguments[0], real(*arguments)))
+        return made[-1][1]
+
+    monkeypatch.setattr(comparison, "complaint", noted)
+    module = LSTM(16, hidden_size).cuda()
+    _, (h_n, _) = module(torch.randn(5, 20, 16, device="cuda"))
+    before = len(made)
+    h_n.sum().backward()
+    assert len(made) == before + 1
+    assert {found for _, found in made} == {""}
 
 
 def test_lengths_equal_packing() -> None:

@@ -127,9 +127,9 @@ def float_to_int(x: np.ndarray, kind: type, rounding: str) -> np.ndarray:
 
 
 def high_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """mul.hi of 32-bit integers, signed or unsigned as the operands are."""
+    """mul.hi of 16- or 32-bit integers, signed or unsigned as the operands are."""
     wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(np.uint32)
+    return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.itemsize)).astype(f"u{a.itemsize}")
 
 
 def extracted(a: np.ndarray, begin: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -93,9 +93,9 @@ def _wide_product(e: Emitter, i: Instruction, onto: Operand | None) -> None:
     """mul.wide, mul.hi and mad.wide."""
     kind, (d, a, b) = i.parts[-1], i.operands[:3]
     if "hi" in i.parts:
-        if kind not in ("s32", "u32") or onto is not None:
+        if kind not in ("s32", "u32", "s16", "u16") or onto is not None:
             raise ValueError(kind)
-        e.write(d, f"high_product({e.read(a, kind)}, {e.read(b, kind)})", "u32")
+        e.write(d, f"high_product({e.read(a, kind)}, {e.read(b, kind)})", _unsigned(kind))
         return
     wide = {"s32": "s64", "u32": "u64", "s16": "s32", "u16": "u32"}[kind]
     found = f"{e.read(a, kind)}.astype('{DTYPES[wide]}') * {e.read(b, kind)}"

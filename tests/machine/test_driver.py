@@ -11,9 +11,10 @@ from torch import nn
 
 from lstm_triton import LSTM, LSTMCell, explain, functional
 from lstm_triton.kernels.config import Config
+from lstm_triton.kernels.launch import LaunchRefused
 
 from .driver import Machine, _packed, running
-from .faults import Deadlock, LaunchError, MachineError
+from .faults import Deadlock, MachineError
 
 pytestmark = pytest.mark.machine
 
@@ -129,7 +130,7 @@ def test_batch_sizes_and_lengths_share_a_binary(engine: Engine) -> None:
 
 def test_a_launch_that_does_not_fit() -> None:
     """Three programs that wait for each other, on a device of one multiprocessor that holds two."""
-    with running(Machine("sm_80", multiprocessors=1)), pytest.raises(LaunchError, match="of which only 2 fit"):
+    with running(Machine("sm_80", multiprocessors=1)), pytest.raises(LaunchRefused, match="of which only 2 fit"):
         run_recurrence(Case(hidden_size=40), GRID)
 
 

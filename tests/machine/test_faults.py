@@ -213,7 +213,7 @@ def test_release_and_acquire_order_what_a_flag_guards(release: str, acquire: str
 
 
 def test_a_store_arrives_late_and_in_any_order() -> None:
-    """Two plain stores to different words: another program may see the second without the first."""
+    """Two relaxed stores to different words: another program may see the second without the first. Plain ones race."""
     body = """
     setp.eq.s32 %p1, %r3, 0;
     @%p1 bra PRODUCE;
@@ -227,12 +227,14 @@ WAIT:
 PRODUCE:
     setp.eq.s32 %p3, %r2, 0;
     mov.b32 %r10, 7;
-    @%p3 st.global.b32 [%rd1+64], %r10;
-    @%p3 st.global.b32 [%rd1], %r10;
+    @%p3 st.relaxed.gpu.global.b32 [%rd1+64], %r10;
+    @%p3 st.relaxed.gpu.global.b32 [%rd1], %r10;
 END:
     """
     seen = {int(run(body, programs=2, seed=seed, a=torch.zeros(32, dtype=torch.int32))[0]) for seed in range(40)}
     assert seen == {0, 7}
+    with pytest.raises(faults.Race, match="polls what another program stores by a plain store"):
+        run(body.replace(".relaxed.gpu", ""), programs=2, seed=0, a=torch.zeros(32, dtype=torch.int32))
 
 
 def test_everybody_waits() -> None:

@@ -261,6 +261,32 @@ def test_what_does_not_compile_is_left_out(engine: Engine, compared, monkeypatch
     assert failing[0] in next(iter(routing._wrong.values()))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_goes_on_where_only_the_pass_back_is_wrong(
+    engine: Engine, compiled: bool, compared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A config that is wrong for a loss on h_n alone, which shows when it is asked for: by PyTorch, with a warning."""
+    real = comparison.complaint
+
+    def partly(which: str, forward, backward, v, options, save, c_dtype, given, wanted) -> str:
+        if which == "backward" and given.h_n is not None:
+            return "wrong: the gradient of everything"
+        return real(which, forward, backward, v, options, save, c_dtype, given, wanted)
+
+    monkeypatch.setattr(comparison, "complaint", partly)
+    routing.warn_once_of_the_loop.cache_clear()
+    module, x = LSTM(5, 16).half(), torch.randn(3, 2, 5).half()
+    plain = nn.LSTM(5, 16).half()
+    plain.load_state_dict(module.state_dict())
+    call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    with engine():
+        call(x)[1][0].float().sum().backward()
+    plain(x)[1][0].float().sum().backward()
+    for ours, theirs in zip(module.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-2, atol=5e-3)
+    assert any("no config of a backward pass is left" in text for text in caplog.messages)
+
+
 def test_errors_of_the_device_are_not_complaints(engine: Engine, compared, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments) -> str:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lstm_triton
-from lstm_triton import LSTM, LSTMCell, device, explain, first_use, functional, layer, module, ops, routing
+from lstm_triton import LSTM, LSTMCell, device, explain, fallback, first_use, functional, layer, module, routing
 from lstm_triton.cudnn import Call
 from lstm_triton.planner import NoPlan
 from lstm_triton.tuning import first_call, store, tune
@@ -27,7 +27,7 @@ from .driver import Machine, running
 
 pytestmark = pytest.mark.machine
 
-ASKING = (first_use, functional, layer, module, ops, routing, tune)
+ASKING = (fallback, first_use, functional, layer, module, routing, tune)
 PACKAGE = Path(lstm_triton.__file__).parent
 
 
