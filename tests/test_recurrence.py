@@ -57,12 +57,13 @@ def check(engine: Engine, case: Case, config: Config) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_every_config(engine: Engine, config: Config, feature: str) -> None:
     check(engine, FEATURES[feature], config)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("name", ["local-weights-second", "local-8-rows", "mailbox-split-k-resident", "mailbox-split-k-weights-first-resident", "flags-weights-first-resident", "stepwise-weights-second-streamed"])  # fmt: skip
 def test_every_feature(engine: Engine, case: Case, name: str) -> None:

@@ -53,7 +53,7 @@ def check(engine: Engine, case: Case, config: Config) -> None:
     assert_as_good_as_torch(ours, case)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_each_alone(engine: Engine, flag: str, config: Config) -> None:
@@ -61,13 +61,14 @@ def test_each_alone(engine: Engine, flag: str, config: Config) -> None:
     check(engine, case_of(EVERYTHING, flag), config)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("index", "pair"), enumerate(itertools.combinations(FLAGS, 2)))
 def test_every_pair(engine: Engine, index: int, pair: tuple[str, str]) -> None:
     base = replace(EVERYTHING, seed=index) if index % 2 else Case(seed=index)
     check(engine, case_of(base, *pair), list(CONFIGS.values())[index % 4])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_all_at_once_in_every_type(engine: Engine, dtype: torch.dtype, config: Config) -> None:

@@ -65,6 +65,7 @@ def train(module: LSTM, x: torch.Tensor, **marks: torch.Tensor) -> list[torch.Te
 MARKS = dict(lengths=torch.tensor([3, 1]), reset=torch.tensor([[False, False], [True, False], [False, True]]))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", PLAIN)
 def test_what_is_right_is_used_and_compared_once(engine: Engine, variant: str, dtype: torch.dtype, compared) -> None:

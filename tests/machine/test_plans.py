@@ -38,7 +38,7 @@ def check(engine: Engine, case: Case, configs: list, precision: str) -> None:
     assert_as_good_as_torch(ours, case, precision)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("batch", [16, 4096])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("hidden_size", SIZES)
@@ -54,7 +54,7 @@ def test_every_bucket_is_among_the_sizes() -> None:
     assert {bucket_of_hidden_size(size) for size in range(1, 257)} == {bucket_of_hidden_size(size) for size in SIZES}
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("index", range(120))
 def test_any_plan_that_is_admissible(engine: Engine, index: int) -> None:
     """What tuning may choose: placements, protocols, operand orders and tiles that no default plan has."""
