@@ -62,13 +62,14 @@ CHECK = Variable(
     "left out if it is wrong; always: in every process anew; off: never",
 )
 VARIABLES = (AUTOTUNE, CACHE_DIR, CHECK, COOPERATIVE, STRICT)
-OF_SCRIPTS = ("LSTM_TRITON_COMMIT", "LSTM_TRITON_LIMITS", "LSTM_TRITON_REHEARSAL")  # perf/ reads these
+PREFIX = CACHE_DIR.name.removesuffix("CACHE_DIR")
+OF_SCRIPTS = ("COMMIT", "LIMITS", "REHEARSAL")  # with that prefix; perf/ reads these
 
 
 def misspelt() -> list[str]:
     """Variables of the environment that look like ours and are not."""
-    known = {*(variable.name for variable in VARIABLES), *OF_SCRIPTS}
-    return sorted(name for name in os.environ if name.startswith("LSTM_TRITON_") and name not in known)
+    known = {*(variable.name for variable in VARIABLES), *(PREFIX + name for name in OF_SCRIPTS)}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def cache_dir() -> Path:

@@ -27,6 +27,7 @@ from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from lstm_triton.layer import DIFFERENTIABLE as INPUTS
 from lstm_triton.layer import WEIGHTS, Inputs, Options, extras_of, marks_of, projected_input
+from lstm_triton.planner import Plan
 
 DRAWS = 16
 OUTPUTS = ("out", "h_n", "c_n")
@@ -253,7 +254,7 @@ def use_configs(patch: pytest.MonkeyPatch, configs: Mapping[str, Config]) -> lis
             noted.append((which, given[place]))
             return real(*given, **options)
 
-        patch.setattr(module, "choose_config", lambda which, *_: configs[which])
+        patch.setattr(module, "choose_plan", lambda which, *_: Plan(configs[which], "the test"))
         patch.setattr(module, f"lstm_{which}", noting)
     return noted
 

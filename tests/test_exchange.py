@@ -39,7 +39,7 @@ class Traps(Case):
 
 # What adds to the exchange: sums are shared twice a step, and a masked h is sent in place of h.
 NORM = Case(seq_len=3, batch=3, hidden_size=40, norm=True, cell=Cell(sampled=True, variational_h=chance(0.3)))
-CASE = Case(seq_len=4, batch=3, hidden_size=40, directions=2)  # three hidden tiles, the last one half empty
+CASE = Case(seq_len=3, batch=3, hidden_size=40, directions=2)  # three hidden tiles, the last one half empty
 TRAPS = Traps(seq_len=3, batch=3, hidden_size=40)
 RESET_TRAPS = Traps(seq_len=3, batch=3, hidden_size=40, reset=True)
 

@@ -125,7 +125,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     layout = Layout(1, seq_len, False)
     lstm_forward_kernel[(1, 1, 1)](
         gates=rows, w_hh=w_hh, h_0=None, c_0=None, reset_h=None, reset_c=None, out=out, cells=None, h_n=h_n, c_n=c_n,
-        carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, x=None, w_ih=None, bias=None, batch=1, seq_len=seq_len,
+        carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, board=None, x=None, w_ih=None, bias=None, batch=1, seq_len=seq_len,
         masked_h_0=None, masked_reset_h=None, sent=None, pairs=None, stats=None, row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
         step_end=seq_len, SAVE=False, INPUTS=0, ALIGNED=False, **PLAIN.arguments(), **constants(config, hidden, 1, "forward", "ieee", torch.float16),
     )  # fmt: skip

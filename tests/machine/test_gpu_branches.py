@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import logging
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,7 +166,7 @@ def tuning_meets_nn_lstm_on_a_gpu(machine, monkeypatch, caplog) -> None:
     assert where == torch.device("cpu")
     here = routing.kernel_device(where)
     tuner = tune.Tuner(store.new_table(here, {}), Path("unused"), here, where, False)
-    tuner.tune(tune.parse_shapes(["16x2"], ["bfloat16"]), time.monotonic() + 1e9, None)
+    tuner.tune(tune.parse_shapes(["16x2"], ["bfloat16"]), float("inf"), None)
     assert met == [16]
 
 
