@@ -181,28 +181,29 @@ def _worst(
     unit = max(ROUNDING.get(precision, 0.0) if dtype == torch.float32 else 0.0, torch.finfo(dtype).eps / 2)
     precise = torch.float64 if dtype == torch.float32 else torch.float32
     try:
-        truth = specification(_rounded(tiny, precise, 0.0, 0))
-        others = [specification(_rounded(tiny, precise, unit, seed)) for seed in (1, 2)]
+        truth, moved = (specification(_as(tiny, precise, off)) for off in (0.0, unit))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise Incomparable(f"{type(error).__name__}: {error}") from error
     worst, found = 1.0, ""
-    for name, result, want, *moved in zip(ours, ours.values(), truth, *others):
+    for (name, result), want, other in zip(ours.items(), truth, moved):
         size, off = _rms(want), _rms(result.cpu().to(precise) - want.reshape(result.shape))
-        limit = max(PART * size, FACTOR * max(_rms(one - want) for one in moved), unit)
+        limit = max(PART * size, FACTOR * _rms(other - want), unit)
         if not off <= limit * worst:
             worst, found = off / limit, f"wrong: {name} is off by {off:.2g}, where its size is {size:.2g}"
     return found
 
 
-def _rounded(v: Inputs, dtype: torch.dtype, unit: float, seed: int) -> Inputs:
-    """Copies in another type, every number off by up to `unit` of itself; what is not floating stays."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+def _as(v: Inputs, dtype: torch.dtype, off: float) -> Inputs:
+    """Copies in another type, numbers off by up to so much of themselves, rows alike; what is not floating stays."""
+    generator = torch.Generator("cpu").manual_seed(SEEDS)
 
     def copy(tensor: Tensor) -> Tensor:
         found = tensor.detach().to(dtype, copy=True)
-        return found if not unit else found * (1 + unit * (2 * torch.rand(found.shape, generator=generator) - 1))
+        if off:
+            found *= 1 + off * (2 * torch.rand((*found.shape[:-1], 1), generator=generator, device="cpu") - 1)
+        return found
 
     floating = {name: t for name, t in v._asdict().items() if t is not None and t.is_floating_point()}
     return v._replace(**{name: copy(tensor) for name, tensor in floating.items()})
