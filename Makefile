@@ -26,7 +26,8 @@ pytest: .venv/installed
 
 # Everything that needs compiled kernels: ahead of time, executed on the CPU, and on the GPU if there is one.
 compile: .venv/installed
-	$(BIN)/python -m pytest -q -m "aot or gpu"
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "aot and not gpu"
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m machine
 
 # The long version of what is executed on the CPU: every plan and type on every target, an hour on two cores.
