@@ -47,7 +47,7 @@ from .tiles import (
     stack_gates,
     store_gates,
     time_of,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,30 +33,37 @@ class Incomparable(Exception):
     """Plain PyTorch cannot compute what a config is to be compared with: by some setting of the process."""
 
 
-def complaint(
-    which: str,
-    forward: Config,
-    backward: Config | None,
-    v: Inputs,
-    options: Options,
-    save: bool,
-    c_dtype: torch.dtype | None,
-    given: Cotangents,
-    wanted: Mapping[str, bool],
-) -> str:
+class Pass(NamedTuple):
+    """One pass of a layer that is about to run.
+
+    save, c_dtype: of a forward pass, what it keeps and the type of c_n. given: gradients that a backward pass gets, of
+    which the types count. wanted: gradients that are asked of it.
+    """
+
+    which: str
+    v: Inputs
+    options: Options
+    save: bool = True
+    c_dtype: torch.dtype | None = None
+    given: Cotangents = Cotangents(None, None, None)
+    wanted: Mapping[str, bool] = MappingProxyType({})
+
+
+def complaint(one: Pass, forward: Config, backward: Config | None) -> str:
     """What is wrong with the results of a pass by these configs; "" if nothing is.
 
-    given: gradients that a backward pass gets, of which the types count. Raises what a launch raises, and Incomparable.
+    Raises what a launch raises, and Incomparable.
     """
-    ours = replace(options, plan=f"{forward.encode()}|{(backward or forward).encode()}", time_begin=0)
+    plan = f"{forward.encode()}|{(backward or forward).encode()}"
+    ours, device = replace(one.options, plan=plan, time_begin=0), one.v.x.device
 
     def compare(seed: int) -> str:
-        device = torch.accelerator.device_index(v.x.device.index)
-        with device, torch.no_grad(), matmul_precision(v.x.dtype, options.precision):
-            tiny = _tiny(v, options, seed)
-            if which == "forward":
-                return _compare_forward(tiny, ours, v.x.device, save, c_dtype)
-            return _compare_backward(tiny, ours, v.x.device, given, wanted)
+        guard = torch.accelerator.device_index(device.index)
+        with guard, torch.no_grad(), matmul_precision(one.v.x.dtype, ours.precision):
+            tiny = _tiny(one.v, ours, seed)
+            if one.which == "forward":
+                return _compare_forward(tiny, ours, device, one.save, one.c_dtype)
+            return _compare_backward(tiny, ours, device, one.given, one.wanted)
 
     # In a thread of its own: inside an operator nothing records gradients, and casts and modes may be active.
     found = ""

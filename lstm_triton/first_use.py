@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,8 @@ import triton
 from triton.runtime.errors import TritonError
 
 from . import comparison
+from .comparison import Pass
 from .device import Device, is_capturing, on_gpu
-from .kernels.config import Config
 from .layer import Cotangents, Inputs, Options, choose_plan, problem_of
 from .planner import NoPlan
 from .problem import bucket_of_batch
@@ -40,59 +40,46 @@ def ensure_forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype
 
     `routing.Unusable` if none is left.
     """
-    if _to_be_compared(v):
-        _ensure("forward", v, options, save, c_dtype, Cotangents(None, None, None), {})
-        if save:
-            # What is wrong with the pass back is best known while the call can still go another way.
-            wanted = dict.fromkeys(comparison.DIFFERENTIABLE, True)
-            _ensure("backward", v, options, save, None, Cotangents(v.x, None, None), wanted)
+    one = Pass("forward", v, options, save, c_dtype)
+    if _to_be_compared(v) and _ensure(one) and save:
+        # What is wrong with the pass back is best known while the call can still go another way.
+        wanted = dict.fromkeys(comparison.DIFFERENTIABLE, True)
+        _ensure(Pass("backward", v, options, given=Cotangents(v.x, None, None), wanted=wanted))
 
 
 def ensure_backward(v: Inputs, options: Options, given: Cotangents, wanted: Mapping[str, bool]) -> None:
     """The same of a backward pass with these gradients given."""
     if _to_be_compared(v):
-        _ensure("backward", v, options, True, None, given, wanted)
+        _ensure(Pass("backward", v, options, given=given, wanted=wanted))
 
 
 def _to_be_compared(v: Inputs) -> bool:
     return on_gpu(v.x.device) and CHECK.read() != "off"
 
 
-def _ensure(
-    which: str,
-    v: Inputs,
-    options: Options,
-    save: bool,
-    c_dtype: torch.dtype | None,
-    given: Cotangents,
-    wanted: Mapping[str, bool],
-) -> bool:
-    """Whether such a call is new."""
-    layout, names = options.layout(v.x), tuple(tensor is not None for tensor in v)
-    types = tuple(None if tensor is None else tensor.dtype for tensor in given)
-    single = layout.seq_len == 1
-    call = (
-        which, v.x.device, v.x.dtype, v.x.dim(), v.w_hh.shape, v.x.shape[-1] if single else 0, names, save, c_dtype,
-        bucket_of_batch(layout.batch), single, options.order, options.batch_invariant, options.precision, options.cell,
-        options.plan, None if v.c_0 is None else v.c_0.dtype, types,
-    )  # fmt: skip
+def _ensure(one: Pass) -> bool:
+    """Whether such a call is new in this process."""
+    v, options, batch = one.v, one.options, one.options.layout(one.v.x).batch
+    binary = _binary(one)
+    call = v.x.device, bucket_of_batch(batch), options.batch_invariant, options.plan, binary
     if call in _settled:
         return False
     device = kernel_device(v.x.device)
     assert not isinstance(device, NoPlan)
     while True:
-        plan = choose_plan(which, v, options)
+        plan = choose_plan(one.which, v, options)
         if plan.source != "heuristic":
             break
-        forward = plan.config if which == "forward" else choose_plan("forward", v, options).config
-        backward = None if which == "forward" else plan.config
-        key = _key(which, forward, backward, call)
+        configs = [plan.config] if one.which == "forward" else [choose_plan("forward", v, options).config, plan.config]
+        # How many batch tiles share a launch is no part of a binary.
+        texts = [replace(config, max_batch_tiles=0).encode() for config in configs]
+        key = " ".join(map(str, (*binary, *texts)))
         complaint = _known(device, key)
         if complaint is None:
             if is_capturing(v.x.device):
                 return True
             try:
-                complaint = comparison.complaint(which, forward, backward, v, options, save, c_dtype, given, wanted)
+                complaint = comparison.complaint(one, configs[0], configs[1] if len(configs) > 1 else None)
             except (torch.OutOfMemoryError, comparison.Incomparable) as error:
                 _warn_once(f"configs are used without a comparison with plain PyTorch, which fails: {error}")
                 break
@@ -104,21 +91,21 @@ def _ensure(
         if not complaint:
             break
         _settled.clear()  # another call may have had this config
-        leave_out(problem_of(which, v, options, layout.batch), device, plan.config, complaint)
+        leave_out(problem_of(one.which, v, options, batch), device, plan.config, complaint)
     _settled.add(call)
     return True
 
 
-def _key(which: str, forward: Config, backward: Config | None, call: tuple) -> str:
-    """What a binary depends on, as a text: no device, no batch; of the cell's numbers only whether they are 0."""
-    _, _, dtype, dims, shape, inputs, names, save, c_dtype, _, single, order, _, precision, cell, _, c_0, types = call
-    given = "".join(str(int(name)) for name in names)
-    of_cell = "".join(str(int(bool(value))) for value in vars(cell).values())
-    # How many batch tiles share a launch is no part of a binary.
-    configs = "|".join(replace(one, max_batch_tiles=0).encode() for one in (forward, backward) if one is not None)
-    return f"{which} {dtype} {dims} {tuple(shape)} {inputs} {given} {save} {c_dtype} {single} {order} {precision} " + (
-        f"{of_cell} {c_0} {types} {configs}"
-    )
+def _binary(one: Pass) -> tuple[Hashable, ...]:
+    """What a binary depends on besides its config: no batch, and of the cell's numbers only whether they are 0."""
+    v, options = one.v, one.options
+    single = options.layout(v.x).seq_len == 1
+    given = tuple(None if tensor is None else tensor.dtype for tensor in (*v, *one.given))
+    of_cell = tuple(bool(value) for value in vars(options.cell).values())
+    return (
+        one.which, tuple(v.w_hh.shape), v.x.dim(), v.x.shape[-1] if single else 0, single, given, one.save, one.c_dtype,
+        options.order, options.precision, of_cell,
+    )  # fmt: skip
 
 
 def record_path(device: Device) -> Path:

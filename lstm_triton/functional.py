@@ -24,6 +24,7 @@ from .routing import (
     autocast_is_on,
     check_choice,
     kernel_refusal,
+    log_once,
     needs_gradient,
     warn_once_of_the_loop,
     without_autocast,
@@ -175,10 +176,10 @@ def lstm(
                     *given, *options, "" if cell == PLAIN_CELL else cell.encode()
                 )
                 return LayerResult(out, h_n, c_n, gates, cells)
-            except Unusable:
+            except Unusable as error:  # a call like this one is refused from now on
                 if backend == "triton" or strict() or plan or batch_invariant:
                     raise
-                # A call like this one is refused from now on, by what was left out.
+                log_once(str(error))
         with without_autocast(device.type):
             return layer_by_pytorch(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
 

@@ -116,10 +116,10 @@ def compute_layer(
             *without_kernels(v, batch_first, bidirectional, options.cell), nothing, nothing.clone(), nothing.clone()
         )  # fmt: skip
     c_dtype = _c_dtype(x, batch_invariant)
-    return _on_kernels(v, options, lambda: _keeping(v, options, keep, c_dtype))
+    return _on_kernels(v, lambda: _keeping(v, options, keep, c_dtype))
 
 
-def _on_kernels(v: Inputs, options: Options, run: Callable[[], Result]) -> Result:
+def _on_kernels(v: Inputs, run: Callable[[], Result]) -> Result:
     """What surrounds a whole pass: casts are done, and what CUDA says of a wait in vain is said in words.
 
     Where the device refuses a launch whose programs wait for each other, the pass is computed anew without such.
@@ -236,7 +236,7 @@ def compute_layer_backward(
             gates = adjoint.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
             return adjoint.backward(v, options, out, gates, kept_2, kept_3, given, asked)
 
-    found = _on_kernels(v, options, run)
+    found = _on_kernels(v, run)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 

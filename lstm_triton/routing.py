@@ -144,7 +144,7 @@ def kernel_refusal(
     if reason and backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if reason and on_gpu(device):
-        _log_once(reason)
+        log_once(reason)
     return reason
 
 
@@ -308,7 +308,7 @@ def _warn_of_misspelt_variables() -> None:
 
 
 @cache
-def _log_once(reason: str) -> None:
+def log_once(reason: str) -> None:
     # That something on this machine is broken is no matter of course.
     level = logging.WARNING if reason.startswith(NO_DRIVER) else logging.INFO
     logger.log(level, "LSTM takes PyTorch's path: %s", reason)

@@ -165,7 +165,7 @@ def test_configs_are_compared_in_both_passes(hidden_size: int, monkeypatch: pyte
     real = comparison.complaint
 
     def noted(*arguments) -> str:
-        made.append((arguments[0], real(*arguments)))
+        made.append((arguments[0].which, real(*arguments)))
         return made[-1][1]
 
     monkeypatch.setattr(comparison, "complaint", noted)

@@ -31,6 +31,22 @@ LISTING = """
         /*0090*/               @P2 BRA `(.L_x_0) ;
         /*00a0*/                   EXIT ;
 """
+IN_VAIN = """
+.L_x_0:
+        /*0010*/                   FADD R2, R2, R3 ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.STRONG.SYS R8, [R6] ;
+        /*0030*/               @P2 BRA `(.L_x_2) ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   STG.E.64.STRONG.SYS [R4], R6 ;
+        /*0060*/                   MEMBAR.SC.SYS ;
+        /*0070*/                   BPT.TRAP 0x1 ;
+.L_x_2:
+        /*0090*/              @!P3 CALL.REL.NOINC `(.L_x_3) ;
+        /*00a0*/                   BRA `(.L_x_0) ;
+.L_x_3:
+        /*00b0*/                   EXIT ;
+"""
 TWICE_BACK = """
 .L_x_0:
         /*0010*/                   FADD R2, R2, R3 ;
@@ -59,6 +75,9 @@ def test_loops_come_apart() -> None:
     assert time_loop(AMD).own["v_mfma_f32_16x16x16_bf16"] == 1
     assert time_loop(TWICE_BACK).own == {"FADD": 1, "FMUL": 1, "BRA": 2}, "one loop, whichever way it goes on"
     assert time_loop("nothing") == Loop({}, {}, {})
+    found = time_loop(IN_VAIN)
+    assert found.own == {"FADD": 1, "CALL.REL.NOINC": 1, "BRA": 1}, "what leads to a trap only is no part of a step"
+    assert found.waits == {"LDG.E.128.STRONG.SYS": 1, "BRA": 2}
 
 
 LAYOUT = "#blocked = #ttg.blocked<{{sizePerThread = [1, {0}], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1]}}>"

@@ -35,8 +35,8 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[t
     made: list[tuple[str, str]] = []
     real = comparison.complaint
 
-    def noted(which: str, *arguments) -> str:
-        made.append((which, real(which, *arguments)))
+    def noted(one: comparison.Pass, *configs) -> str:
+        made.append((one.which, real(one, *configs)))
         return made[-1][1]
 
     monkeypatch.setattr(comparison, "complaint", noted)
@@ -269,10 +269,10 @@ def test_training_goes_on_where_only_the_pass_back_is_wrong(
     """A config that is wrong for a loss on h_n alone, which shows when it is asked for: by PyTorch, with a warning."""
     real = comparison.complaint
 
-    def partly(which: str, forward, backward, v, options, save, c_dtype, given, wanted) -> str:
-        if which == "backward" and given.h_n is not None:
+    def partly(one: comparison.Pass, *configs) -> str:
+        if one.which == "backward" and one.given.h_n is not None:
             return "wrong: the gradient of everything"
-        return real(which, forward, backward, v, options, save, c_dtype, given, wanted)
+        return real(one, *configs)
 
     monkeypatch.setattr(comparison, "complaint", partly)
     routing.warn_once_of_the_loop.cache_clear()
@@ -303,7 +303,7 @@ def test_errors_of_the_device_are_not_complaints(engine: Engine, compared, monke
     monkeypatch.setattr(comparison, "complaint", no_room)
     with engine(), torch.no_grad():
         LSTM(5, 16).half()(torch.randn(3, 2, 5).half())
-    assert not first_use._found, "it is compared another time"
+    assert not first_use._found, "another process compares it"
 
 
 def test_what_pytorch_cannot_compute_is_not_compared(engine: Engine, compared, monkeypatch, caplog) -> None:

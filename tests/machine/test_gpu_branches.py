@@ -109,7 +109,7 @@ def strict_makes_an_error_of_a_fallback(machine, monkeypatch, caplog) -> None:
 
 @runs
 def a_fallback_is_logged_once(machine, monkeypatch, caplog) -> None:
-    routing._log_once.cache_clear()
+    routing.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "lstm_triton"):
         for _ in range(2):
             LSTM(4, 16).double()(torch.randn(3, 2, 4).double())
