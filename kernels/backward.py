@@ -1,20 +1,15 @@
 """Backward recurrence: dh_{t-1} = dgates_t W_hh, for all T steps in reverse.
 
-Buffers (layouts in tiles.py; T*B rows):
-- gates [rows, D, 4, H], cells [rows, D, H]: activated gates and c_t as the forward pass saved
-  them; only read.
+Buffers (layouts in tiles.py; T*B rows; records.py has those of its records):
+- kept: activated gates [rows, D, 4, H] and cells c_t [rows, D, H] as the forward pass saved them; only read.
 - dgates [rows, D, 4, H]: gradient of the pre-activations, written once, 0 beyond a row's length;
   with an exchange also what programs hand each other. Everything that is a function of it over
   the whole sequence (dx, dW, db, dh_0) is a GEMM or a reduction after the launch.
-- dc_0 [D, B, H]: gradient of the initial cell state; dc_reset [D, B, H]: of the reset one, summed
-  over a row's resets. Both in the compute type; between the launches of `stepwise` they hold the
-  state, and so do those of the following that are sums.
-
-With variants of the cell, each in the compute type:
-- dh_0, dh_reset [D, B, H]: what reaches the initial and the reset h by zoneout, not through the recurrent product.
-- dpeephole [3, D, B, H], dnorm_c [2, D, B, H]: gradients of these weights, for each row of the batch.
-- product [rows, D, 4, H]: h_{t-1} W_hh^T, for layer normalisation, with the stats of the forward pass.
-- dproduct [rows, D, 4, H]: its gradient, which is then what programs exchange in place of dgates.
+- dinitial, dreset [D, B, H] in the compute type: c: gradients of the initial cell state, and of the reset one, summed
+  over a row's resets; h, with zoneout: what reaches the initial and the reset h by it, not through the recurrent
+  product. Between the launches of `stepwise` they hold the state, and so do all that are sums.
+- dpeephole [3, D, B, H], norm.dnorm_c [2, D, B, H] in the compute type: of these weights, for each row of the batch.
+- norm.dproduct [rows, D, 4, H]: gradient of h_{t-1} W_hh^T, which is then what programs exchange in place of dgates.
 """
 
 from __future__ import annotations
@@ -24,297 +19,283 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, zoneout_backward
+from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, rounded_product, zoneout_backward
 from .config import Config, Layout
-from .exchange import await_flags, publish_gates, publishable_gates, raise_flag
-from .extras import PLAIN, RUNTIME_EXTRAS, Extras, Gradients
-from .launch import Launcher, Recurrence, compute_dtype, run, wide_marks
-from .masks import dropout_scale, kept_by_zoneout, step_bits
-from .norm import load_moments, norm_gates_backward, norm_state_backward
-from .product import gate_weights, gates_product, in_registers, recurrent_product, resident_weights, restored
+from .exchange import await_flags, peers_at, publish_gates, publishable_gates, raise_flag
+from .launch import Launcher, Recurrence, compute_dtype, how_of, run, wide_marks
+from .masks import draw
+from .norm import load_moments, norm_backward, norm_gates_backward, norm_weights, normalised
+from .product import in_registers, local_product, recurrent_product, resident_weights, restored
+from .records import (
+    RUNTIME,
+    Cells,
+    Gates,
+    Incoming,
+    Kept,
+    Norm,
+    Peephole,
+    Resets,
+    Sharing,
+    Source,
+    State,
+)
 from .tiles import (
-    RUNTIME_SIZES,
     begin_sum,
+    in_gates,
+    in_sequence,
     load_gates,
-    of_gates,
-    of_peepholes,
-    of_units,
+    load_tile,
+    of_peephole,
     own_tile,
     per_row,
-    per_unit,
+    position,
     restarts,
-    runs_reversed,
+    rows_at,
     stack_gates,
     store_gates,
     time_of,
 )
+from .variants import PLAIN, Gradients, Variants
 
 
-@triton.jit(do_not_specialize=RUNTIME_SIZES + RUNTIME_EXTRAS)
+@triton.jit(do_not_specialize=RUNTIME)
 def lstm_backward_kernel(
-    dout,  # [rows, D, H] or None: zeros
-    dh_n,  # [D, B, H] or None: zeros
-    dc_n,  # [D, B, H] or None: zeros
-    dcells,  # [rows, D, H] or None: zeros
-    dactivated,  # [rows, D, 4, H] or None: zeros
-    gates,  # [rows, D, 4, H]
-    cells,  # [rows, D, H]
-    c_0,  # [D, B, H] or None: zeros
-    reset_c,  # [D, B, H] or None: zeros
+    incoming,  # Incoming
+    kept,  # Kept
+    initial_c,  # [D, B, H] or None: zeros
+    resets,  # Resets; h is not read
     w_hh,  # [D, 4H, H]
     dgates,  # [rows, D, 4, H]
-    dc_0,  # [D, B, H]
-    dc_reset,  # [D, B, H] or None
+    dinitial,  # State [D, B, H]; h with zoneout
+    dreset,  # State [D, B, H]; what is None is not wanted
     lengths,  # [B] int32 or None
-    reset,  # [rows] int32 or None
-    flags,  # [D, batch tiles, hidden tiles] int32 or None
-    board,  # int64 or None, see alarm.py
+    exchange,  # Exchange
     peephole,  # [D, 3, H] or None: to i, f and o
-    gain_hh,  # [D, 4, H] or None: without layer normalisation
-    norm_c,  # [D, 2, H] or None: gain and bias
-    seed,  # [D] int64 or None: no masks of single steps are drawn
-    h_mask,  # [D, B, H] or None
-    product,  # [rows, D, 4, H] or None
-    stats,  # [rows, D, 4] or None
-    pairs,  # [rows, D, 2, hidden tiles, 2] or None
-    dproduct,  # [rows, D, 4, H] or None
-    dh_0,  # [D, B, H] or None
-    dh_reset,  # [D, B, H] or None
     dpeephole,  # [3, D, B, H] or None
-    dnorm_c,  # [2, D, B, H] or None
-    time_begin,  # time of the first row, where this is a window of a longer sequence
-    zoneout_h, zoneout_c, recurrent_dropout,  # probabilities in units of 2^-24, None for 0
-    cell_clip, grad_clip,  # None for none
+    norm,  # Norm
+    masks,  # Masks
+    limits,  # Limits
     batch, seq_len, row_stride_t, row_stride_b,
     first_tile,  # first batch tile of this launch
     step_begin, step_end,
-    H: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
-    COUPLED: tl.constexpr, SAMPLED: tl.constexpr,
-    PLACEMENT: tl.constexpr, PROTOCOL: tl.constexpr, RESIDENT: tl.constexpr, UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    time_begin,  # time of the first row, where this is a window of a longer sequence
+    how: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps step_end - 1 .. step_begin."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    NORM: tl.constexpr = gain_hh is not None
-    PUBLISHED: tl.constexpr = 3 if NORM else 1  # tiles that a program publishes in a step
-    dtype: tl.constexpr = dgates.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    EXACT: tl.constexpr = dtype == tl.float32 and PRECISION != "tf32"
-    hidden_tile = tl.program_id(0)
-    batch_tile = first_tile + tl.program_id(1)
-    direction = tl.program_id(2)
-    reverse = runs_reversed(direction, ORDER)
-    b, unit, in_batch, owned, state, length = own_tile(
-        hidden_tile, batch_tile, direction, lengths, batch, seq_len, H, UNITS_FIRST, BLOCK_B, BLOCK_H
-    )
-    if flags is not None:
-        flags += (direction * tl.cdiv(batch, BLOCK_B) + batch_tile) * TILES
+    tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)
+    peephole = of_peephole(peephole, tile, how)
+    gains = norm_weights(norm, tile, how)
+    own_mask = None
+    if masks.h_mask is not None:
+        own_mask = load_tile(masks.h_mask, tile.state, tile.owned, how)
+    states = tl.cast(batch, tl.int64) * (how.D * how.H)  # from one sum of dpeephole, dnorm_c to the next
+    if masks.zoneout_h is not None:
+        dh_kept = begin_sum(dinitial.h, tile, how)
+        if dreset.h is not None:
+            dh_reset = begin_sum(dreset.h, tile, how)
+    if dreset.c is not None:
+        dc_reset = begin_sum(dreset.c, tile, how)
+    if dpeephole is not None:
+        dweights = begin_sums(dpeephole, states, tile, how)
+    if how.NORM:
+        dgain, dbias = begin_sum(norm.dnorm_c, tile, how), begin_sum(norm.dnorm_c + states, tile, how)
 
-    CARRIED: tl.constexpr = PLACEMENT == "stepwise"
-    dc = begin_sum(dc_0, state, owned, compute, CARRIED)
-    if dc_n is not None and not CARRIED:
-        dc = tl.load(dc_n + state, mask=owned, other=0.0).to(compute)
-    if dc_reset is not None:
-        dc_fresh = begin_sum(dc_reset, state, owned, compute, CARRIED)
-
-    w_ci, w_cf, w_co = None, None, None
-    if peephole is not None:
-        w_ci, w_cf, w_co = of_peepholes(peephole, direction, unit, H, compute, UNITS_FIRST)
-    if NORM:
-        gain_i, gain_f, gain_g, gain_o = of_gates(gain_hh, direction, unit, H, compute, UNITS_FIRST)
-        gain_c = of_units(norm_c, 0, 2, direction, unit, H, compute, UNITS_FIRST)
-        bias_c = of_units(norm_c, 1, 2, direction, unit, H, compute, UNITS_FIRST)
-    STATES = tl.cast(batch, tl.int64) * (D * H)  # from one sum of dpeephole, dnorm_c to the next
-    if h_mask is not None:
-        own_mask = tl.load(h_mask + state, mask=owned, other=0.0).to(compute)
-    if zoneout_h is not None:
-        dh_old = begin_sum(dh_0, state, owned, compute, CARRIED)
-        if dh_reset is not None:
-            dh_fresh = begin_sum(dh_reset, state, owned, compute, CARRIED)
-    if peephole is not None:
-        dw_ci = begin_sum(dpeephole, state, owned, compute, CARRIED)
-        dw_cf = begin_sum(dpeephole + STATES, state, owned, compute, CARRIED)
-        dw_co = begin_sum(dpeephole + 2 * STATES, state, owned, compute, CARRIED)
-    if NORM:
-        dgain_c = begin_sum(dnorm_c, state, owned, compute, CARRIED)
-        dbias_c = begin_sum(dnorm_c + STATES, state, owned, compute, CARRIED)
-
-    exchanged = dproduct if NORM else dgates
-    weights, w_hh = (), w_hh + direction.to(tl.int64) * (4 * H * H)
-    if PLACEMENT == "local":
-        weights = gate_weights(w_hh, unit, H, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
-    elif RESIDENT:
-        weights = resident_weights(w_hh, unit, H, True, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K)
-    if RESIDENT and PLACEMENT != "stepwise":
-        never = step_begin < 0
-        dc = in_registers(weights, dc, never, dtype, compute, True, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
-
-    dh_rec = tl.zeros(owned.shape, compute)
-    last_row = time_of(step_end - 1, length, reverse) * row_stride_t + b * row_stride_b
-    last = per_row((last_row * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-    c = tl.load(cells + last, mask=owned, other=0.0).to(compute)
+    w_hh += tile.direction.to(tl.int64) * (4 * how.H * how.H)
+    weights = resident_weights(w_hh, tile, how)
+    dc = in_registers(weights, last_dc(incoming.final, dinitial, tile, how), step_begin < 0, how)
+    dh_next = tl.zeros(tile.owned.shape, how.compute)
+    last = in_sequence(rows_at(time_of(step_end - 1, tile), tile), tile, how)
+    c = load_tile(kept.cells, last, tile.owned, how)
 
     for count in range(step_end - step_begin):
         step = step_end - 1 - count
-        active = step < length
-        watch = (board, step)
-        time = time_of(step, length, reverse)
-        rows = time * row_stride_t + b * row_stride_b
-        restart = restarts(reset, step, length, rows, in_batch, reverse, row_stride_t)
+        published = (seq_len - 1 - step) * how.PUBLISHED
+        at = position(step, resets.marks, tile)
+        peers = peers_at(step, exchange, tile, how)
         # What does not depend on the other programs is asked for before waiting for them.
-        offset = per_row((rows * D + direction) * (4 * H), UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-        i, f, g, o = load_gates(gates, offset, owned, H, compute)
-        before = time_of(step - 1, length, reverse) * row_stride_t + b * row_stride_b
-        earlier = per_row((before * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-        c_before = tl.load(cells + earlier, mask=owned & (step > 0), other=0.0).to(compute)
-        c_prev = c_before
-        if c_0 is not None:
-            c_prev += tl.load(c_0 + state, mask=owned & (step == 0), other=0.0).to(compute)
-        fresh = per_row(restart, UNITS_FIRST) & owned
-        if reset is not None:
-            c_prev = tl.where(fresh, 0.0, c_prev)
-            if reset_c is not None:
-                c_prev += tl.load(reset_c + state, mask=fresh, other=0.0).to(compute)
-        keep_h, keep_c, g_scale = None, None, None
-        bits_h, bits_c, bits_g = step_bits(seed, direction, reverse, unit, b, time + time_begin, SAMPLED, UNITS_FIRST)
-        if zoneout_h is not None:
-            keep_h = kept_by_zoneout(bits_h, zoneout_h, compute, SAMPLED)
-        if zoneout_c is not None:
-            keep_c = kept_by_zoneout(bits_c, zoneout_c, compute, SAMPLED)
-        if recurrent_dropout is not None:
-            g_scale = dropout_scale(bits_g, recurrent_dropout, compute)
-        if NORM:
-            if PLACEMENT != "local":
-                z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
-            mean_z, rstd_z, mean_c, rstd_c = load_moments(stats + (rows * D + direction) * 4, in_batch)
-        dh = tl.zeros(owned.shape, compute)
-        if dout is not None:
-            sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-            dh = tl.load(dout + sequence, mask=owned, other=0.0).to(compute)
-        if dh_n is not None:
-            final = per_row(step == length - 1, UNITS_FIRST)
-            dh += tl.load(dh_n + state, mask=owned & final, other=0.0).to(compute)
+        offset = in_gates(at.rows, tile, how)
+        gates = load_gates(kept.gates, offset, tile.owned, how)
+        earlier = in_sequence(rows_at(time_of(step - 1, tile), tile), tile, how)
+        c_before = load_tile(kept.cells, earlier, tile.owned & (step > 0), how)
+        restart = per_row(at.restart, how) & tile.owned
+        c_prev = cell_before(c_before, initial_c, resets, restart, step, tile, how)
+        drawn = draw(masks, at.time + time_begin, tile, how)
+        if how.NORM:
+            if how.PLACEMENT != "local":
+                z = load_gates(norm.product, offset, tile.owned, how)
+            of_z, of_c = load_moments(norm.stats + (at.rows * how.D + tile.direction) * 4, tile.in_batch)
+        dh = given_dh(incoming, at, tile, how)
 
-        if PLACEMENT != "local":
-            inner = step + 1 < seq_len  # at the last step anything is read, and not used
-            after = time_of(tl.minimum(step + 1, seq_len - 1), length, reverse) * row_stride_t + b * row_stride_b
-            await_flags(flags, (seq_len - 1 - step) * PUBLISHED, watch, TILES, triton.next_power_of_2(TILES), PROTOCOL)
-            dh_rec = recurrent_product(
-                exchanged + (after * D + direction) * (4 * H), inner, None, watch, weights, w_hh, unit, compute,
-                H, 4 * H, True, PRECISION, PROTOCOL, RESIDENT, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H, BLOCK_K,
-            )  # fmt: skip
-            dh_rec = tl.where(inner, dh_rec, 0.0)
-            if reset is not None:
-                after_restart = restarts(reset, step + 1, length, after, in_batch & inner, reverse, row_stride_t)
-                dh_rec = tl.where(per_row(after_restart, UNITS_FIRST), 0.0, dh_rec)
-        if h_mask is not None:
-            dh_rec *= own_mask
-        dh += restored(dh_rec, 2, PRECISION, False)
-        if zoneout_h is not None:
-            dh += dh_old
+        if how.PLACEMENT != "local":
+            dh_next = product_after(
+                norm.dproduct if how.NORM else dgates, weights, w_hh, resets.marks, seq_len, peers, tile, how
+            )
+        dh += restored(dh_next if own_mask is None else dh_next * own_mask, 2, False, how)
+        if masks.zoneout_h is not None:
+            dh += dh_kept
 
-        live = per_row(active, UNITS_FIRST) & owned
-        if dcells is not None:
-            sequence = per_row((rows * D + direction) * H, UNITS_FIRST) + per_unit(unit, UNITS_FIRST)
-            dc += tl.load(dcells + sequence, mask=live, other=0.0).to(compute)
-        dh_new, dh_kept = zoneout_backward(dh, keep_h, SAMPLED)
-        dc_new, dc_kept = zoneout_backward(dc, keep_c, SAMPLED)
-        raw, c_new = c, c
-        if cell_clip is not None or zoneout_c is not None:
-            raw = candidate(i, f, g, c_prev, g_scale, NORM)
-            c_new = clipped(raw, cell_clip)
-        seen = c_new
-        if NORM:
-            own_pairs = pairs + (rows * D + direction) * (4 * TILES)
-            published = (seq_len - 1 - step) * PUBLISHED
-            normed = (c_new - per_row(mean_c, UNITS_FIRST)) * per_row(rstd_c, UNITS_FIRST)
-            seen = gain_c * normed + bias_c
-        do, dseen = lstm_output_backward(o, seen, dh_new, EXACT)
-        if NORM:
+        live = per_row(at.active, how) & tile.owned
+        if incoming.kept.cells is not None:
+            dc += load_tile(incoming.kept.cells, in_sequence(at.rows, tile, how), live, how)
+        dh_new, dh_old = zoneout_backward(dh, drawn.keep_h, how.SAMPLED)
+        dc_new, dc_old = zoneout_backward(dc, drawn.keep_c, how.SAMPLED)
+        cells = Cells(c_prev, c, c)
+        if limits.cell is not None or masks.zoneout_c is not None:
+            raw = candidate(gates, c_prev, drawn.g_scale, how)
+            cells = Cells(c_prev, raw, clipped(raw, limits.cell))
+        if how.NORM:
+            pairs = norm.pairs + (at.rows * how.D + tile.direction) * (4 * how.TILES)
+            normed = normalised(cells.now, of_c, how)
+            do, dseen = lstm_output_backward(gates.o, gains.gain * normed + gains.bias, dh_new, how.EXACT)
             # Beyond its length a row's saved tensors mean nothing, and sums would keep a NaN.
-            dseen = tl.where(live, dseen, 0.0)
-            normed = tl.where(live, normed, 0.0)
-            dgain_c += dseen * normed
-            dbias_c += dseen
-            dseen = norm_state_backward(
-                dseen, gain_c, normed, rstd_c, owned, watch, own_pairs, in_batch, flags, published + 1, H,
-                BLOCK_H, UNITS_FIRST, PROTOCOL,
-            )  # fmt: skip
-        dc_new += dseen
-        di = None
-        df = None
-        dg = None
-        if dactivated is not None:
-            di, df, dg, more = load_gates(dactivated, offset, live, H, compute)
-            do += more
-        da_i, da_f, da_g, da_o, dc_prev = lstm_backward_step(
-            i, f, g, o, c_prev, raw, c_new, di, df, dg, do, dc_new, w_ci, w_cf, w_co, g_scale, cell_clip, grad_clip,
-            COUPLED,
-        )  # fmt: skip
-        if zoneout_c is not None:
-            dc_prev += dc_kept
-        # Beyond its length a row's saved gates mean nothing, not even a finite number.
-        da_i, da_f = tl.where(live, da_i, 0.0), tl.where(live, da_f, 0.0)
-        da_g, da_o = tl.where(live, da_g, 0.0), tl.where(live, da_o, 0.0)
-        if peephole is not None:
-            dw_ci += tl.where(live, da_i * c_prev, 0.0)
-            dw_cf += tl.where(live, da_f * c_prev, 0.0)
-            dw_co += tl.where(live, da_o * c_new, 0.0)
-        d_i, d_f, d_g, d_o = publishable_gates(da_i, da_f, da_g, da_o, dtype)
-        if not NORM:
-            publish_gates(dgates + offset, d_i, d_f, d_g, d_o, owned, H, PROTOCOL)
+            dseen, normed = tl.where(live, dseen, 0.0), tl.where(live, normed, 0.0)
+            dgain += dseen * normed
+            dbias += dseen
+            dseen = (rounded_product(dseen, gains.gain),)
+            dseen = norm_backward(dseen, (normed,), of_c.rstd, Sharing(pairs, published + 1, peers), tile, how)
+            dc_new += dseen[0]
         else:
-            store_gates(dgates, offset, owned, d_i, d_f, d_g, d_o, H)
-            if PLACEMENT == "local":  # late, with nobody to wait for: its tiles are large, and registers few
-                z_i, z_f, z_g, z_o = load_gates(product, offset, owned, H, compute)
-            dz_i, dz_f, dz_g, dz_o = norm_gates_backward(
-                da_i, da_f, da_g, da_o, z_i, z_f, z_g, z_o, gain_i, gain_f, gain_g, gain_o, mean_z, rstd_z, live, owned,
-                watch, own_pairs + 2 * TILES, in_batch, flags, published + 2, H, COUPLED, BLOCK_H, UNITS_FIRST,
-                PROTOCOL,
-            )  # fmt: skip
-            d_i, d_f, d_g, d_o = publishable_gates(dz_i, dz_f, dz_g, dz_o, dtype)
-            publish_gates(dproduct + offset, d_i, d_f, d_g, d_o, owned, H, PROTOCOL)
-        raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)
+            do, dseen = lstm_output_backward(gates.o, cells.now, dh_new, how.EXACT)
+            dc_new += dseen
+        d = of_activated(do, incoming.kept.gates, offset, live, how)
+        da, dc_prev = lstm_backward_step(gates, cells, d, dc_new, peephole, drawn.g_scale, limits, how)
+        if masks.zoneout_c is not None:
+            dc_prev += dc_old
+        da = within(live, da)
+        if dpeephole is not None:
+            dweights = Peephole(
+                dweights.i + tl.where(live, da.i * c_prev, 0.0),
+                dweights.f + tl.where(live, da.f * c_prev, 0.0),
+                dweights.o + tl.where(live, da.o * cells.now, 0.0),
+            )
+        d = publishable_gates(da, how.dtype)
+        if how.NORM:
+            store_gates(dgates, offset, tile.owned, d, how)
+            if how.PLACEMENT == "local":  # late, with nobody to wait for: its tiles are large, and registers few
+                z = load_gates(norm.product, offset, tile.owned, how)
+            sharing = Sharing(pairs + 2 * how.TILES, published + 2, peers)
+            d = publishable_gates(norm_gates_backward(da, z, gains.gates, of_z, live, sharing, tile, how), how.dtype)
+            publish_gates(norm.dproduct + offset, d, tile.owned, how.H, how.PROTOCOL)
+        else:
+            publish_gates(dgates + offset, d, tile.owned, how.H, how.PROTOCOL)
+        raise_flag(peers, tile.hidden_tile, (seq_len - step) * how.PUBLISHED, how.PROTOCOL)
 
         dc = tl.where(live, dc_prev, dc)
-        if reset is not None:
-            if dc_reset is not None:
-                dc_fresh += tl.where(fresh & live, dc_prev, 0.0)
-            dc = tl.where(fresh & live, 0.0, dc)
-        if zoneout_h is not None:
-            dh_old = tl.where(live, dh_kept, dh_old)
-            if reset is not None:
-                if dh_reset is not None:
-                    dh_fresh += tl.where(fresh & live, dh_kept, 0.0)
-                dh_old = tl.where(fresh & live, 0.0, dh_old)
+        if dreset.c is not None:
+            dc_reset += tl.where(restart & live, dc_prev, 0.0)
+        dc = unless_restarted(dc, resets.marks, restart & live)
+        if masks.zoneout_h is not None:
+            dh_kept = tl.where(live, dh_old, dh_kept)
+            if dreset.h is not None:
+                dh_reset += tl.where(restart & live, dh_old, 0.0)
+            dh_kept = unless_restarted(dh_kept, resets.marks, restart & live)
         c = c_before
-        if PLACEMENT == "local":
-            d = stack_gates(d_i, d_f, d_g, d_o, SPLIT_K, UNITS_FIRST)
-            dh_rec = gates_product(d, weights[0], compute, PRECISION, UNITS_FIRST, SPLIT_K, BLOCK_B, BLOCK_H)
-            if reset is not None:
-                dh_rec = tl.where(fresh, 0.0, dh_rec)
+        if how.PLACEMENT == "local":
+            dh_next = unless_restarted(local_product(stack_gates(d, how), weights, how), resets.marks, restart)
 
-    if zoneout_h is not None:
-        tl.store(dh_0 + state, dh_old, mask=owned)
-        if dh_reset is not None:
-            tl.store(dh_reset + state, dh_fresh, mask=owned)
-    if peephole is not None:
-        tl.store(dpeephole + state, dw_ci, mask=owned)
-        tl.store(dpeephole + STATES + state, dw_cf, mask=owned)
-        tl.store(dpeephole + 2 * STATES + state, dw_co, mask=owned)
-    if NORM:
-        tl.store(dnorm_c + state, dgain_c, mask=owned)
-        tl.store(dnorm_c + STATES + state, dbias_c, mask=owned)
-    tl.store(dc_0 + state, dc, mask=owned)
-    if dc_reset is not None:
-        tl.store(dc_reset + state, dc_fresh, mask=owned)
+    if masks.zoneout_h is not None:
+        tl.store(dinitial.h + tile.state, dh_kept, mask=tile.owned)
+        if dreset.h is not None:
+            tl.store(dreset.h + tile.state, dh_reset, mask=tile.owned)
+    if dpeephole is not None:
+        tl.store(dpeephole + tile.state, dweights.i, mask=tile.owned)
+        tl.store(dpeephole + states + tile.state, dweights.f, mask=tile.owned)
+        tl.store(dpeephole + 2 * states + tile.state, dweights.o, mask=tile.owned)
+    if how.NORM:
+        tl.store(norm.dnorm_c + tile.state, dgain, mask=tile.owned)
+        tl.store(norm.dnorm_c + states + tile.state, dbias, mask=tile.owned)
+    tl.store(dinitial.c + tile.state, dc, mask=tile.owned)
+    if dreset.c is not None:
+        tl.store(dreset.c + tile.state, dc_reset, mask=tile.owned)
+
+
+@triton.jit
+def begin_sums(buffer, states, tile, how: tl.constexpr):
+    """`begin_sum` of each of three that follow each other."""
+    return Peephole(
+        begin_sum(buffer, tile, how), begin_sum(buffer + states, tile, how), begin_sum(buffer + 2 * states, tile, how)
+    )  # fmt: skip
+
+
+@triton.jit
+def last_dc(final, dinitial, tile, how: tl.constexpr):
+    """The gradient of the last c, or what an earlier launch has left."""
+    if final.c is not None and how.PLACEMENT != "stepwise":
+        return load_tile(final.c, tile.state, tile.owned, how)
+    else:
+        return begin_sum(dinitial.c, tile, how)
+
+
+@triton.jit
+def cell_before(c_before, initial_c, resets, restart, step, tile, how: tl.constexpr):
+    """c_{t-1} as the cell has read it: that of the step before (0 at the first one), the initial or the reset one."""
+    c = c_before
+    if initial_c is not None:
+        c += load_tile(initial_c, tile.state, tile.owned & (step == 0), how)
+    if resets.marks is not None:
+        c = tl.where(restart, 0.0, c)
+        if resets.c is not None:
+            c += load_tile(resets.c, tile.state, restart, how)
+    return c
+
+
+@triton.jit
+def given_dh(incoming, at, tile, how: tl.constexpr):
+    """The gradient of h_t that is given: of the output, and at a row's last step of h_n."""
+    dh = tl.zeros(tile.owned.shape, how.compute)
+    if incoming.out is not None:
+        dh = load_tile(incoming.out, in_sequence(at.rows, tile, how), tile.owned, how)
+    if incoming.final.h is not None:
+        last = per_row(at.step == tile.length - 1, how)
+        dh += load_tile(incoming.final.h, tile.state, tile.owned & last, how)
+    return dh
+
+
+@triton.jit
+def product_after(exchanged, weights, w_hh, marks, seq_len, peers, tile, how: tl.constexpr):
+    """The gradient that reaches h_t through the recurrent product of the step after."""
+    step = peers.step
+    inner = step + 1 < seq_len  # at the last step anything is read, and not used
+    after = rows_at(time_of(tl.minimum(step + 1, seq_len - 1), tile), tile)
+    await_flags(peers, (seq_len - 1 - step) * how.PUBLISHED, how.TILES, how.PROTOCOL)
+    source = Source(exchanged + (after * how.D + tile.direction) * (4 * how.H), inner, None)
+    dh = tl.where(inner, recurrent_product(source, weights, w_hh, peers, tile, 4 * how.H, how), 0.0)
+    if marks is not None:
+        restart = restarts(marks, step + 1, after, tile.in_batch & inner, tile)
+        dh = tl.where(per_row(restart, how), 0.0, dh)
+    return dh
+
+
+@triton.jit
+def of_activated(do, given, offset, live, how: tl.constexpr):
+    """Gradients of the activated gates: of o through h_t, and of all what is given."""
+    if given is None:
+        return Gates(None, None, None, do)
+    else:
+        more = load_gates(given, offset, live, how)
+        return Gates(more.i, more.f, more.g, do + more.o)
+
+
+@triton.jit
+def within(live, d):
+    """Gradients of gates, 0 beyond a row's length: what is saved there means nothing, it may be no finite number."""
+    return Gates(tl.where(live, d.i, 0.0), tl.where(live, d.f, 0.0), tl.where(live, d.g, 0.0), tl.where(live, d.o, 0.0))
+
+
+@triton.jit
+def unless_restarted(d, marks, restart):
+    """A gradient of the state before a step, 0 where that began anew."""
+    if marks is None:
+        return d
+    else:
+        return tl.where(restart, 0.0, d)
 
 
 def lstm_backward(
     dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor,
     c_0: Tensor | None, layout: Layout, config: Config, precision: str, lengths: Tensor | None = None,
     reset: Tensor | None = None, reset_c: Tensor | None = None, order: str | None = None,
-    dcells: Tensor | None = None, dactivated: Tensor | None = None, extras: Extras = PLAIN,
+    dcells: Tensor | None = None, dactivated: Tensor | None = None, variants: Variants = PLAIN,
     product: Tensor | None = None, stats: Tensor | None = None, launch: Launcher = run,
 ) -> Gradients:  # fmt: skip
     """Run the backward recurrence of one layer.
@@ -327,24 +308,27 @@ def lstm_backward(
     directions, hidden_size = w_hh.shape[0], w_hh.shape[2]
     if config.placement == "local" and config.split_k not in (4, 8):
         raise ValueError("placement 'local' splits the depth by gates in the backward pass: split_k is 4 or 8")
-    extras.check(config, hidden_size)
+    variants.check(config, hidden_size)
     dgates = torch.empty_like(gates)
-    dtype = compute_dtype(gates.dtype)
-    dc_0 = gates.new_empty((directions, layout.batch, hidden_size), dtype=dtype)
-    dc_reset = torch.empty_like(dc_0) if reset_c is not None else None
-    if config.placement == "stepwise":
-        dc_0 = torch.zeros_like(dc_0) if dc_n is None else dc_n.to(dtype, copy=True)
-        dc_reset = torch.zeros_like(dc_0) if reset_c is not None else None
-    own = extras.gradients(dgates, dc_0, reset_c is not None)
-    pairs = extras.pairs(layout, config, hidden_size, w_hh)
+    state = gates.new_empty((directions, layout.batch, hidden_size), dtype=compute_dtype(gates.dtype))
+    zeros = torch.zeros_like if config.placement == "stepwise" else torch.empty_like  # there launches add to sums
+    zoneout, norm, fresh = variants.cell.zoneout_h > 0, variants.gain_hh is not None, reset_c is not None
+    dinitial = State(zeros(state) if zoneout else None, zeros(state))
+    if config.placement == "stepwise" and dc_n is not None:
+        dinitial = State(dinitial.h, dc_n.to(state.dtype, copy=True))
+    dreset = State(zeros(state) if zoneout and fresh else None, zeros(state) if fresh else None)
+    dpeephole = zeros(state.expand(3, *state.shape)) if variants.peephole is not None else None
+    dnorm_c = zeros(state.expand(2, *state.shape)) if norm else None
+    dproduct = torch.empty_like(dgates) if norm else None
+    pairs = variants.pairs(layout, config, hidden_size, w_hh)
     arguments = dict(
-        dout=dout, dh_n=dh_n, dc_n=dc_n, dcells=dcells, dactivated=dactivated, gates=gates, cells=cells, c_0=c_0,
-        reset_c=reset_c, w_hh=w_hh, dgates=dgates, dc_0=dc_0, dc_reset=dc_reset,
-        lengths=lengths, reset=wide_marks(reset), product=product, stats=stats, pairs=pairs,
-        grad_clip=extras.cell.grad_clip or None,
+        incoming=Incoming(dout, State(dh_n, dc_n), Kept(dactivated, dcells)), kept=Kept(gates, cells), initial_c=c_0,
+        resets=Resets(wide_marks(reset), None, reset_c), w_hh=w_hh, dgates=dgates, dinitial=dinitial, dreset=dreset,
+        lengths=lengths, peephole=variants.peephole, dpeephole=dpeephole,
+        norm=Norm(variants.gain_hh, variants.norm_c, pairs, stats, product, dproduct, dnorm_c), masks=variants.masks(),
+        limits=variants.limits(), time_begin=variants.time_begin,
     )  # fmt: skip
-    dproduct = own["dproduct"]
+    how = how_of(config, hidden_size, directions, order, precision, w_hh.dtype, variants, backward=True)
     exchanged = (dgates if dproduct is None else dproduct, pairs)
-    recurrence = Recurrence(config, layout, hidden_size, directions, order, precision, exchanged, backward=True)
-    launch(lstm_backward_kernel, recurrence, arguments | own | extras.arguments())
-    return Gradients(dgates, dc_0, dc_reset, **own)
+    launch(lstm_backward_kernel, Recurrence(config, layout, how, exchanged), arguments)
+    return Gradients(dgates, dinitial.c, dreset.c, dproduct, dinitial.h, dreset.h, dpeephole, dnorm_c)

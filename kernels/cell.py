@@ -4,15 +4,17 @@ Gate order is PyTorch's: input i, forget f, candidate g, output o. Every tile is
 type (fp32, or fp64 under the interpreter) and of one shape; the functions do not care which.
 
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
-binary: w_ci, w_cf, w_co, the peephole weights of each unit; g_scale, the mask on the candidate; cell_clip and
-grad_clip, bounds; COUPLED, f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its
-pre-activations, and normalises c_t before `lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for
-which the approximations that are good enough elsewhere would be most of the error. `reference.py` states the same in
+binary: the peephole weights of each unit; g_scale, the mask on the candidate; limits; COUPLED, f = 1 - i. A
+layer-normalised cell (NORM) hands in what `norm.py` has made of its pre-activations, and normalises c_t before
+`lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for which the approximations that are good
+enough elsewhere would be most of the error. `reference.py` states the same in
 plain PyTorch, with sources.
 """
 
 import triton
 import triton.language as tl
+
+from .records import Gates
 
 LOG2_E = tl.constexpr(1.4426950216293335)  # in fp32
 LOG2_E_REST = tl.constexpr(1.92596298909109e-08)
@@ -112,34 +114,32 @@ def clipped(x, bound):
 
 
 @triton.jit
-def candidate(i, f, g, c_prev, g_scale, NORM: tl.constexpr):
+def candidate(gates, c_prev, g_scale, how: tl.constexpr):
     """The new cell state, before it is clipped."""
+    g = gates.g
     if g_scale is not None:
         g = g * g_scale
-    if NORM:
+    if how.NORM:
         # The backward pass subtracts the forward pass's mean from it: the same product is fused in both.
-        return tl.fma(f, c_prev, i * g)
+        return tl.fma(gates.f, c_prev, gates.i * g)
     else:
-        return f * c_prev + i * g
+        return gates.f * c_prev + gates.i * g
 
 
 @triton.jit
-def lstm_forward_step(
-    a_i, a_f, a_g, a_o, c_prev, w_ci, w_cf, w_co, g_scale, cell_clip, COUPLED: tl.constexpr, NORM: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Pre-activations and c_{t-1} -> activated gates i, f, g, o and the new c_t."""
-    if w_ci is not None:
-        a_i += w_ci * c_prev
-        a_f += w_cf * c_prev
-    i = sigmoid(a_i, EXACT)
-    f = 1.0 - i if COUPLED else sigmoid(a_f, EXACT)
-    g = tanh(a_g, EXACT)
-    c = clipped(candidate(i, f, g, c_prev, g_scale, NORM), cell_clip)
-    if w_co is not None:
-        a_o += w_co * c
-    o = sigmoid(a_o, EXACT)
-    return i, f, g, o, c
+def lstm_forward_step(a, c_prev, peephole, g_scale, limits, how: tl.constexpr):
+    """Pre-activations of the gates and c_{t-1} -> activated gates and the new c_t."""
+    a_i, a_f, a_o = a.i, a.f, a.o
+    if peephole.i is not None:
+        a_i += peephole.i * c_prev
+        a_f += peephole.f * c_prev
+    i = sigmoid(a_i, how.EXACT)
+    f = 1.0 - i if how.COUPLED else sigmoid(a_f, how.EXACT)
+    g = tanh(a.g, how.EXACT)
+    c = clipped(candidate(Gates(i, f, g, None), c_prev, g_scale, how), limits.cell)
+    if peephole.o is not None:
+        a_o += peephole.o * c
+    return Gates(i, f, g, sigmoid(a_o, how.EXACT)), c
 
 
 @triton.jit
@@ -156,34 +156,29 @@ def lstm_output_backward(o, c, dh, EXACT: tl.constexpr):
 
 
 @triton.jit
-def lstm_backward_step(
-    i, f, g, o, c_prev, raw, c, di, df, dg, do, dc, w_ci, w_cf, w_co, g_scale, cell_clip, grad_clip,
-    COUPLED: tl.constexpr,
-):  # fmt: skip
-    """Gradients of c_t (dc) and of the activated gates (all of do, of the rest what does not come through c_t; None
-    for nothing) -> those of the four pre-activations and of c_{t-1}.
-
-    raw: c_t before it was clipped, c after.
-    """
-    da_o = clipped(do * o * (1.0 - o), grad_clip)
-    if w_co is not None:
-        dc += da_o * w_co
-    if cell_clip is not None:
-        dc = tl.where(tl.abs(raw) <= cell_clip, dc, 0.0)
-    through_i, through_f, through_g = dc * g, dc * c_prev, dc * i
+def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, limits, how: tl.constexpr):
+    """Gradients of the activated gates (d: all of o, of the rest what does not come through c_t, None for nothing) and
+    of c_t -> those of the four pre-activations and of c_{t-1}."""
+    i, f, g, o = gates.i, gates.f, gates.g, gates.o
+    da_o = clipped(d.o * o * (1.0 - o), limits.grad)
+    if peephole.o is not None:
+        dc += da_o * peephole.o
+    if limits.cell is not None:
+        dc = tl.where(tl.abs(cells.raw) <= limits.cell, dc, 0.0)
+    through_i, through_f, through_g = dc * g, dc * cells.prev, dc * i
     if g_scale is not None:
         through_i, through_g = through_i * g_scale, through_g * g_scale
-    if di is not None:
-        through_i, through_f, through_g = through_i + di, through_f + df, through_g + dg
-    if COUPLED:
+    if d.i is not None:
+        through_i, through_f, through_g = through_i + d.i, through_f + d.f, through_g + d.g
+    if how.COUPLED:
         through_i -= through_f
-    da_i = clipped(through_i * i * (1.0 - i), grad_clip)
-    da_f = tl.zeros_like(f) if COUPLED else clipped(through_f * f * (1.0 - f), grad_clip)
-    da_g = clipped(through_g * (1.0 - g * g), grad_clip)
+    da_i = clipped(through_i * i * (1.0 - i), limits.grad)
+    da_f = tl.zeros_like(f) if how.COUPLED else clipped(through_f * f * (1.0 - f), limits.grad)
+    da_g = clipped(through_g * (1.0 - g * g), limits.grad)
     dc_prev = dc * f
-    if w_ci is not None:
-        dc_prev += da_i * w_ci + da_f * w_cf
-    return da_i, da_f, da_g, da_o, dc_prev
+    if peephole.i is not None:
+        dc_prev += da_i * peephole.i + da_f * peephole.f
+    return Gates(da_i, da_f, da_g, da_o), dc_prev
 
 
 @triton.jit

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 
 from .backward import lstm_backward
 from .config import PLAIN_CELL, Cell, Config, Layout
-from .extras import Extras
 from .forward import lstm_forward
 from .launch import Recurrence
 from .listing import Loop, copied_tiles, misread_operands, time_loop
+from .variants import Variants
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def compile_pass(
     lengths, reset, state: whether these optional inputs are given, the last with the gradients of
     h_n and c_n. layout: of the call whose first launch is compiled; by default any. order: as for the
     launchers. states: whether gradients of the saved gates and cells are given (backward). cell, peephole, norm:
-    variants of the cell, see `Extras`. reset_state: whether the state that `reset` leads to is given, else it is zeros.
+    variants of the cell, see `Variants`. reset_state: whether the state that `reset` leads to is given, else zeros.
     layouts_only: to stop at what `copied_tiles` and `misread_operands` look at; no binary then, but `Lowered`.
     """
     layout = layout or Layout(config.block_b, 1 if config.placement == "single" else 2, batch_first=False)
@@ -168,7 +168,7 @@ def compile_pass(
         with stopping_at_layouts(kernel) if layouts_only else contextlib.nullcontext():
             binaries.append(kernel.run(grid=grid, warmup=True, **arguments, **shared))
 
-    extras = Extras(
+    variants = Variants(
         cell,
         torch.empty((directions, 3, hidden_size), **meta) if peephole else None,
         torch.empty((directions, 4, hidden_size), **meta) if norm else None,
@@ -177,7 +177,7 @@ def compile_pass(
         torch.empty((directions, layout.batch, hidden_size), **meta) if cell.sampled and cell.variational_h else None,
     )
     options: dict[str, Any] = {
-        "lengths": row_lengths, "reset": marks, "order": order, "extras": extras, "launch": launch
+        "lengths": row_lengths, "reset": marks, "order": order, "variants": variants, "launch": launch
     }  # fmt: skip
     with compiling_for(arch):
         if which == "forward":

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import torch
+
 Text = TypeVar("Text", bound="_Encoded")
 
 PLACEMENTS = ("local", "grid", "stepwise", "single")
 PROTOCOLS = ("none", "flags", "mailbox")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 REGISTER_BYTES = 32 * 1024  # the most of resident weights that a program keeps in registers; see product.py
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of every accumulator: fp32, or fp64 for fp64 data."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Encoded:
@@ -104,7 +111,7 @@ CHANCE_BITS = 24  # a probability is a whole number of 2^-24: what a mask's 24 r
 
 @dataclass(frozen=True)
 class Cell(_Encoded):
-    """What the cell computes beyond the plain LSTM, but for what a given tensor says already (see `Extras`).
+    """What the cell computes beyond the plain LSTM, but for what a given tensor says already (see `Variants`).
 
     sampled: masks are drawn (training); else each is replaced by its mean.
     zoneout_h, zoneout_c: probability that a unit keeps its h, its c. recurrent_dropout: of dropping the new

@@ -13,7 +13,7 @@ sums too. An address is written once per launch, so nothing stale can be met and
   that no published value has; consumers re-read a tile until the pattern is gone.
 
 Both spin, so a launch that uses one of them is cooperative. A program that has spun in vain ends the launch with
-an error, see alarm.py: `watch` is (board, step).
+an error, see alarm.py.
 """
 
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .alarm import GRACE, MARK, PATIENCE, STEP_BITS, TILE_BITS
 from .cell import has_ptx
+from .records import Gates, Part, Peers, Source
 
 # The most threads of a program that waits. A smaller tile is loaded by several of them for each of its elements: by
 # volatile loads at different times, while only one of the copies is tested and any of them may be used.
@@ -42,8 +43,13 @@ def publishable(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def publishable_gates(i, f, g, o, dtype: tl.constexpr):
-    return publishable(i, dtype), publishable(f, dtype), publishable(g, dtype), publishable(o, dtype)
+def publishable_gates(gates, dtype: tl.constexpr):
+    return Gates(
+        publishable(gates.i, dtype),
+        publishable(gates.f, dtype),
+        publishable(gates.g, dtype),
+        publishable(gates.o, dtype),
+    )
 
 
 @triton.jit
@@ -64,11 +70,20 @@ def publish(ptrs, x, mask, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def publish_gates(ptrs, i, f, g, o, mask, H: tl.constexpr, PROTOCOL: tl.constexpr):
-    publish(ptrs, i, mask, PROTOCOL)
-    publish(ptrs + H, f, mask, PROTOCOL)
-    publish(ptrs + 2 * H, g, mask, PROTOCOL)
-    publish(ptrs + 3 * H, o, mask, PROTOCOL)
+def publish_gates(ptrs, gates, mask, H: tl.constexpr, PROTOCOL: tl.constexpr):
+    publish(ptrs, gates.i, mask, PROTOCOL)
+    publish(ptrs + H, gates.f, mask, PROTOCOL)
+    publish(ptrs + 2 * H, gates.g, mask, PROTOCOL)
+    publish(ptrs + 3 * H, gates.o, mask, PROTOCOL)
+
+
+@triton.jit
+def peers_at(step, exchange, tile, how: tl.constexpr):
+    """The programs that share this one's rows of the batch."""
+    flags = exchange.flags
+    if flags is not None:
+        flags += tile.group * how.TILES
+    return Peers(flags, exchange.board, step)
 
 
 @triton.jit
@@ -85,25 +100,24 @@ def tell(ptr, word, then: tl.constexpr):
 
 
 @triton.jit
-def lose_patience(watch, polls, first, last):
+def lose_patience(peers, polls, first, last):
     """Say for which hidden tiles this program waits; later, when all who wait have said so, stop the device."""
-    board, step = watch
     if polls == PATIENCE:
         group = (here(tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)) % (1 << TILE_BITS)
         tiles = ((((group << TILE_BITS) | last).to(tl.int64)) << TILE_BITS) | first
-        tell(board + 1 + here(tl.program_id(0)), MARK | (tiles << STEP_BITS) | here(step), "")
+        tell(peers.board + 1 + here(tl.program_id(0)), MARK | (tiles << STEP_BITS) | here(peers.step), "")
     if polls == PATIENCE + GRACE:
-        tell(board + here(0), MARK + here(0).to(tl.int64), "trap; ")
+        tell(peers.board + here(0), MARK + here(0).to(tl.int64), "trap; ")
 
 
 @triton.jit
-def raise_flag(flags, tile, count, PROTOCOL: tl.constexpr):
-    """Tell the others that this program (`tile` of its batch tile) has published `count` times."""
+def raise_flag(peers, tile, count, PROTOCOL: tl.constexpr):
+    """Tell the others that this program (hidden tile `tile`) has published `count` times."""
     if PROTOCOL == "flags":
         # Every warp must have stored its part before one thread releases the flag; up to
         # Triton 3.8 nothing else puts a barrier between a store and a release atomic.
         tl.debug_barrier()
-        tl.atomic_xchg(flags + tile, count, sem="release", scope="gpu")
+        tl.atomic_xchg(peers.flags + tile, count, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -117,22 +131,22 @@ def least_flag(flags, tile, count, TILES: tl.constexpr, ACQUIRE: tl.constexpr):
 
 
 @triton.jit
-def await_flags(flags, count, watch, TILES: tl.constexpr, TILES_POW2: tl.constexpr, PROTOCOL: tl.constexpr):
-    """Return once all TILES programs of this batch tile have published `count` times."""
+def await_flags(peers, count, TILES: tl.constexpr, PROTOCOL: tl.constexpr):
+    """Return once all TILES programs that share a row have published `count` times."""
     if PROTOCOL == "flags":
-        tile = tl.arange(0, TILES_POW2)
+        tile = tl.arange(0, triton.next_power_of_2(TILES))
         # Polls are relaxed; an acquiring read of each flag then orders the loads that follow.
         for ACQUIRE in tl.static_range(2):
             polls = 0
             # The loop carries scalars: Triton 3.7 fails to compile one that carries a tensor of flags.
-            least = least_flag(flags, tile, count, TILES, ACQUIRE)
+            least = least_flag(peers.flags, tile, count, TILES, ACQUIRE)
             while least < count:
                 polls += 1
                 if has_ptx() and polls >= PATIENCE:
-                    seen = tl.load(flags + tile, mask=tile < TILES, other=count, volatile=True)
+                    seen = tl.load(peers.flags + tile, mask=tile < TILES, other=count, volatile=True)
                     late = tl.min(tl.where(seen < count, tile, TILES - 1))
-                    lose_patience(watch, polls, late, late)
-                least = least_flag(flags, tile, count, TILES, ACQUIRE)
+                    lose_patience(peers, polls, late, late)
+                least = least_flag(peers.flags, tile, count, TILES, ACQUIRE)
         tl.debug_barrier()
 
 
@@ -158,34 +172,28 @@ def fullest(bits, foreign):
 
 
 @triton.jit
-def collect(
-    source, depth, mask, waiting, foreign, begin, watch,
-    DEPTH: tl.constexpr, PERIOD: tl.constexpr, EACH: tl.constexpr, PROTOCOL: tl.constexpr,
-):  # fmt: skip
+def collect(source, depth, mask, part, peers, PROTOCOL: tl.constexpr):
     """Load a tile that other programs publish.
 
-    source: [BLOCK_B] pointers to rows of DEPTH values. depth: [.., 1, K], those of the tile, from `begin` on; the tile
-    has an element for every thread of the program, see MOST_THREADS. mask: None, or the elements to load; the others
-    are 0. waiting: whether the tile comes from this launch at all; what is loaded otherwise is not awaited. foreign:
-    None, or rows [BLOCK_B] that come from a given state, whose bits may be any. The programs own EACH values of a row
-    in turn, beginning anew after PERIOD.
+    depth: [.., 1, K], the indices of the tile in the rows of `source`; the tile has an element for every thread of the
+    program, see MOST_THREADS. mask: None, or the elements to load; the others are 0.
     """
-    ptrs = source[:, None] + depth
+    ptrs = source.rows[:, None] + depth
     if PROTOCOL == "mailbox":
         dtype: tl.constexpr = ptrs.dtype.element_ty
         WORD: tl.constexpr = tl.core.get_int_dtype(dtype.primitive_bitwidth, True)
         FULL: tl.constexpr = 2**dtype.primitive_bitwidth - 1  # EMPTY without its sign
         words = ptrs.to(tl.pointer_type(WORD), bitcast=True)
-        others = None if foreign is None else foreign[:, None]
-        first, last = begin, tl.minimum(begin + depth.numel, DEPTH) - 1
-        if depth.numel >= PERIOD:
-            first, last = 0, PERIOD - 1
+        foreign = None if source.foreign is None else source.foreign[:, None]
+        first, last = part.begin, tl.minimum(part.begin + depth.numel, part.DEPTH) - 1
+        if depth.numel >= part.PERIOD:
+            first, last = 0, part.PERIOD - 1
         bits = load_at(words, mask, 0, True, "")
         polls = 0
-        while waiting & (fullest(bits, others) == FULL):
+        while source.waiting & (fullest(bits, foreign) == FULL):
             polls += 1
             if has_ptx() and polls >= PATIENCE:
-                lose_patience(watch, polls, first % PERIOD // EACH, last % PERIOD // EACH)
+                lose_patience(peers, polls, first % part.PERIOD // part.EACH, last % part.PERIOD // part.EACH)
             bits = load_at(words, mask, 0, True, "")
         tile = bits.to(dtype, bitcast=True)
     elif PROTOCOL == "flags":
@@ -197,33 +205,24 @@ def collect(
 
 
 @triton.jit
-def share(
-    first,
-    second,
-    pairs,
-    valid,
-    watch,
-    flags,
-    count,
-    TILES: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-):
-    """Two numbers per row [BLOCK_B] of every program of this batch tile -> two [BLOCK_B, TILES or more] tiles.
+def share(first, second, sharing, tile, how: tl.constexpr):
+    """Two numbers per row [BLOCK_B] of every program that shares it -> two [BLOCK_B, TILES or more] tiles.
 
-    pairs: [BLOCK_B] pointers to a row's [TILES, 2] numbers. valid: rows that exist. count: as for `raise_flag`. The
-    tiles end in zeros: up to a power of two, and for every thread to have an element of its own.
+    The tiles end in zeros: up to a power of two, and for every thread to have an element of its own.
     """
+    pairs, count, peers = sharing.pairs, sharing.count, sharing.peers
     dtype: tl.constexpr = pairs.dtype.element_ty
-    own_tile = tl.program_id(0)
-    TILES_POW2: tl.constexpr = triton.next_power_of_2(TILES)
+    TILES_POW2: tl.constexpr = triton.next_power_of_2(how.TILES)
     FEWEST: tl.constexpr = MOST_THREADS // (2 * pairs.shape[0])
     PADDED: tl.constexpr = TILES_POW2 if TILES_POW2 > FEWEST else FEWEST
-    publish(pairs + 2 * own_tile, publishable(first, dtype), valid, PROTOCOL)
-    publish(pairs + 2 * own_tile + 1, publishable(second, dtype), valid, PROTOCOL)
-    raise_flag(flags, own_tile, count, PROTOCOL)
-    await_flags(flags, count, watch, TILES, TILES_POW2, PROTOCOL)
+    own = pairs + 2 * tile.hidden_tile
+    publish(own, publishable(first, dtype), tile.in_batch, how.PROTOCOL)
+    publish(own + 1, publishable(second, dtype), tile.in_batch, how.PROTOCOL)
+    raise_flag(peers, tile.hidden_tile, count, how.PROTOCOL)
+    await_flags(peers, count, how.TILES, how.PROTOCOL)
     # Both numbers of all programs in one load: one loop that waits, not two.
     k = tl.arange(0, 2 * PADDED)
-    mask = valid[:, None] & (k < 2 * TILES)[None, :]
-    both = collect(pairs, k[None, :], mask, True, None, 0, watch, 2 * TILES, 2 * TILES, 2, PROTOCOL)
+    mask = tile.in_batch[:, None] & (k < 2 * how.TILES)[None, :]
+    part = Part(0, 2 * how.TILES, 2 * how.TILES, 2)
+    both = collect(Source(pairs, True, None), k[None, :], mask, part, peers, how.PROTOCOL)
     return tl.split(tl.reshape(both, (both.shape[0], PADDED, 2)))

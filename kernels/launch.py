@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from .alarm import board_of, raised
-from .config import Config, Layout
+from .config import Config, Layout, compute_dtype
+from .records import Exchange, How
+from .tiles import runs_reversed
+from .variants import Variants
 
 Launcher = Callable[..., None]  # the signature of `run`
 
 MOST_TILES = 65_535  # CUDA's limit for the second grid axis
+_TRITON = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64
+}  # fmt: skip
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the cell state and of every accumulator: fp32, or fp64 for fp64 data."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def wide_marks(reset: torch.Tensor | None) -> torch.Tensor | None:
@@ -50,24 +53,73 @@ def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[i
             yield first, min(wave, tiles - first), begin, end
 
 
-def constants(
-    config: Config, hidden_size: int, directions: int, order: str | None, precision: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The compile-time arguments that both recurrences share."""
-    return {
-        "H": hidden_size,
-        "D": directions,
-        "ORDER": order or ("both" if directions == 2 else "forward"),
-        "PRECISION": precision if dtype == torch.float32 else "ieee",  # there is no other for the rest
-        "PLACEMENT": config.placement,
-        "PROTOCOL": config.protocol,
-        "RESIDENT": config.resident,
-        "UNITS_FIRST": config.units_first,
-        "SPLIT_K": config.split_k,
-        "BLOCK_B": config.block_b,
-        "BLOCK_H": config.block_h,
-        "BLOCK_K": config.block_k,
-    }
+def how_of(
+    config: Config,
+    hidden_size: int,
+    directions: int,
+    order: str | None,
+    precision: str,
+    dtype: torch.dtype,
+    variants: Variants,
+    backward: bool = False,
+    **more: Any,
+) -> How:
+    """What a launch is compiled for, in plain values; more: see `How`."""
+    cell = variants.cell.coupled, variants.sampled, variants.gain_hh is not None
+    return _how(config, hidden_size, directions, order, precision, dtype, cell, backward, **more)
+
+
+@lru_cache(maxsize=4096)
+def _how(
+    config: Config,
+    hidden_size: int,
+    directions: int,
+    order: str | None,
+    precision: str,
+    dtype: torch.dtype,
+    cell: tuple[bool, bool, bool],
+    backward: bool,
+    save: bool = False,
+    inputs: int = 0,
+    aligned: bool = True,
+) -> How:
+    coupled, sampled, norm = cell
+    return How(
+        dtype=_TRITON[dtype],
+        compute=_TRITON[compute_dtype(dtype)],
+        H=hidden_size,
+        D=directions,
+        ORDER=order or ("both" if directions == 2 else "forward"),
+        PRECISION=precision if dtype == torch.float32 else "ieee",  # there is no other for the rest
+        EXACT=dtype == torch.float32 and precision != "tf32",
+        BACKWARD=backward,
+        SAVE=save,
+        COUPLED=coupled,
+        SAMPLED=sampled,
+        NORM=norm,
+        INPUTS=inputs,
+        ALIGNED=aligned,
+        PLACEMENT=config.placement,
+        PROTOCOL=config.protocol,
+        RESIDENT=config.resident,
+        UNITS_FIRST=config.units_first,
+        SPLIT_K=config.split_k,
+        BLOCK_B=config.block_b,
+        BLOCK_H=config.block_h,
+        BLOCK_K=config.block_k,
+        TILES=triton.cdiv(hidden_size, config.block_h),
+        PUBLISHED=3 if norm else 1,
+    )
+
+
+def given(how: How) -> How:
+    """`how` as the kernels take it, see records.py; they have all been defined for the same."""
+    return how if is_interpreted(runs_reversed) else _constants(how)
+
+
+@lru_cache(maxsize=4096)
+def _constants(how: How) -> How:
+    return How(*map(tl.constexpr, how))
 
 
 def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
@@ -87,20 +139,12 @@ def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """One pass to be launched.
-
-    order: which sets of weights run in reverse, "forward", "reverse" or "both"; see `runs_reversed`.
-    exchanged: the buffers that programs hand each other, the first of which has the type of the data.
-    """
+    """One pass to be launched. exchanged: buffers that programs hand each other; the first has the type of the data."""
 
     config: Config
     layout: Layout
-    hidden_size: int
-    directions: int
-    order: str | None
-    precision: str
+    how: How
     exchanged: Sequence[torch.Tensor | None]
-    backward: bool
 
     @property
     def first_exchanged(self) -> torch.Tensor:
@@ -112,28 +156,27 @@ class Recurrence:
 
         Resets the exchange: flags are made anew, and mailboxes are filled with EMPTY.
         """
-        config, layout, exchanged = self.config, self.layout, self.first_exchanged
-        hidden_tiles = triton.cdiv(self.hidden_size, config.block_h)
+        config, layout, exchanged, how = self.config, self.layout, self.first_exchanged, self.how
         flags, waits = None, config.protocol != "none"
         if config.protocol == "flags":
             batch_tiles = triton.cdiv(layout.batch, config.block_b)
-            flags = exchanged.new_zeros((self.directions, batch_tiles, hidden_tiles), dtype=torch.int32)
+            flags = exchanged.new_zeros((how.D, batch_tiles, how.TILES), dtype=torch.int32)
         elif config.protocol == "mailbox":
             for buffer in self.exchanged:
                 if buffer is not None:
                     buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)
-        shared = constants(config, self.hidden_size, self.directions, self.order, self.precision, exchanged.dtype)
-        shared |= compile_options(config, nvidia) | {
-            "flags": flags,
-            "board": board_of(exchanged.device, self.backward) if waits else None,
+        board = board_of(exchanged.device, how.BACKWARD) if waits else None
+        shared = compile_options(config, nvidia) | {
+            "exchange": Exchange(flags, board),
             "batch": layout.batch,
             "seq_len": layout.seq_len,
             "row_stride_t": layout.stride_t,
             "row_stride_b": layout.stride_b,
+            "how": given(how),
         }
-        for first_tile, tiles, step_begin, step_end in launches(config, layout, self.backward):
+        for first_tile, tiles, step_begin, step_end in launches(config, layout, how.BACKWARD):
             position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
-            yield (hidden_tiles, tiles, self.directions), shared | position
+            yield (how.TILES, tiles, how.D), shared | position
 
 
 class LaunchRefused(RuntimeError):

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .config import CHANCE_BITS
 from .launch import on_device_of
+from .records import Drawn
 from .tiles import per_row, per_unit, runs_reversed
 
 STEP, RECURRENT, INPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds; the last two of a whole sequence
@@ -32,7 +33,7 @@ def draws(seed, unit, b, time, kind):
 
 @triton.jit
 def happens(bits, threshold):
-    return (bits >> 8).to(tl.int32) < threshold
+    return (bits >> 8).to(tl.int32) < tl.cast(threshold, tl.int32)
 
 
 @triton.jit
@@ -42,33 +43,39 @@ def dropout_scale(bits, threshold, compute: tl.constexpr):
 
 
 @triton.jit
-def kept_by_zoneout(bits, threshold, compute: tl.constexpr, SAMPLED: tl.constexpr):
+def kept_by_zoneout(bits, threshold, how: tl.constexpr):
     """What `cell.zoneout` takes: a mask, or its mean."""
-    if SAMPLED:
+    if how.SAMPLED:
         return happens(bits, threshold)
     else:
-        return tl.cast(threshold, compute) / ONE
+        return tl.cast(threshold, how.compute) / ONE
 
 
 @triton.jit
-def step_bits(seed, direction, reverse, unit, b, time, SAMPLED: tl.constexpr, UNITS_FIRST: tl.constexpr):
-    """What decides zoneout of h, zoneout of c and recurrent dropout at a step: three state tiles, if SAMPLED."""
-    if SAMPLED:
+def draw(masks, time, tile, how: tl.constexpr):
+    """What zoneout of h, zoneout of c and recurrent dropout do at a step, at time [BLOCK_B] of the whole sequence."""
+    bits_h, bits_c, bits_g = 0, 0, 0
+    if how.SAMPLED:
         bits_h, bits_c, bits_g, _ = draws(
-            tl.load(seed + direction), per_unit(unit, UNITS_FIRST), per_row(b, UNITS_FIRST),
-            per_row(time, UNITS_FIRST), STEP + REVERSE * reverse.to(tl.int32),
+            tl.load(masks.seed + tile.direction), per_unit(tile.unit, how), per_row(tile.b, how), per_row(time, how),
+            STEP + REVERSE * tile.reverse.to(tl.int32),
         )  # fmt: skip
-        return bits_h, bits_c, bits_g
-    else:
-        return 0, 0, 0
+    keep_h, keep_c, g_scale = None, None, None
+    if masks.zoneout_h is not None:
+        keep_h = kept_by_zoneout(bits_h, masks.zoneout_h, how)
+    if masks.zoneout_c is not None:
+        keep_c = kept_by_zoneout(bits_c, masks.zoneout_c, how)
+    if masks.recurrent_dropout is not None:
+        g_scale = dropout_scale(bits_g, masks.recurrent_dropout, how.compute)
+    return Drawn(keep_h, keep_c, g_scale)
 
 
-@triton.jit(do_not_specialize=["batch", "threshold"])
+@triton.jit(do_not_specialize=["batch"])
 def sequence_mask_kernel(
     seed,  # [D] int64
     mask,  # [D, B, N]
     batch,
-    threshold,
+    threshold,  # a float, and so never part of a binary
     N: tl.constexpr,
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
@@ -80,8 +87,7 @@ def sequence_mask_kernel(
     kind = KIND + REVERSE * runs_reversed(direction, ORDER).to(tl.int32)
     bits, _, _, _ = draws(tl.load(seed + direction), unit, b, b * 0, kind)
     dtype: tl.constexpr = mask.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    scale = dropout_scale(bits, threshold, compute)
+    scale = dropout_scale(bits, threshold, tl.float64 if dtype == tl.float64 else tl.float32)
     tl.store(mask + (direction * batch + b).to(tl.int64) * N + unit, scale.to(dtype), mask=unit < N)
 
 
@@ -97,5 +103,5 @@ def sequence_mask(
     block = 256
     grid = (batch, triton.cdiv(size, block), seed.shape[0])  # only the first axis is unlimited
     with on_device_of(seed):
-        sequence_mask_kernel[grid](seed, mask, batch, threshold, size, kind, order, block)
+        sequence_mask_kernel[grid](seed, mask, batch, float(threshold), size, kind, order, block)
     return mask

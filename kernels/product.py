@@ -26,6 +26,7 @@ import triton.language as tl
 from .cell import has_ptx, rounded_product
 from .config import REGISTER_BYTES
 from .exchange import collect
+from .records import Gates, Part
 from .tiles import split_gates
 
 FEW_BYTES = tl.constexpr(REGISTER_BYTES)
@@ -35,12 +36,12 @@ DROPPED = tl.constexpr(2**-11 * 0.5 / 0.6931471805599453)
 
 
 @triton.jit
-def depth_of(chunk, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+def depth_of(chunk, how: tl.constexpr):
     """Depth indices of a chunk: [BLOCK_K], or [SPLIT_K, BLOCK_K / SPLIT_K]."""
-    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K // SPLIT_K)
-    if SPLIT_K > 1:
+    k = chunk * how.BLOCK_K + tl.arange(0, how.BLOCK_K // how.SPLIT_K)
+    if how.SPLIT_K > 1:
         # Not a reshape: that would hide from the compiler that k is contiguous.
-        return k[None, :] + (tl.arange(0, SPLIT_K) * (BLOCK_K // SPLIT_K))[:, None]
+        return k[None, :] + (tl.arange(0, how.SPLIT_K) * (how.BLOCK_K // how.SPLIT_K))[:, None]
     else:
         return k
 
@@ -52,48 +53,38 @@ def swapped(tile):
 
 
 @triton.jit
-def load_weights(
-    w_hh,
-    unit,
-    k,
-    H: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def load_weights(w, unit, k, DEPTH: tl.constexpr, how: tl.constexpr):
     """The chunk `k` of the weights of `unit` [BLOCK_H] in W_hh [4H, H], or forward in any [4H, DEPTH].
 
     [.., K, width], or [.., width, K] with UNITS_FIRST; forward the width runs over (unit, gate) with gate fastest.
     """
     # A transposed operand of wgmma may be misread, see perf/NOTES.md: its weights are loaded as they are multiplied.
     # Those of mma.sync are not: transposing them is what lets the compiler keep them in registers.
-    WGMMA: tl.constexpr = UNITS_FIRST and not BACKWARD and BLOCK_B >= 16 and len(k.shape) == 1
+    WGMMA: tl.constexpr = how.UNITS_FIRST and not how.BACKWARD and how.BLOCK_B >= 16 and len(k.shape) == 1
     if not WGMMA:
         k = tl.expand_dims(k, -1)
-    if BACKWARD:
-        w = tl.load(w_hh + k * H + unit, mask=(k < 4 * H) & (unit < H), other=0.0)
+    if how.BACKWARD:
+        chunk = tl.load(w + k * how.H + unit, mask=(k < 4 * how.H) & (unit < how.H), other=0.0)
     else:
-        lane = tl.arange(0, 4 * BLOCK_H)
+        lane = tl.arange(0, 4 * how.BLOCK_H)
         if WGMMA:
             lane = lane[:, None]
         row_unit = tl.min(unit, axis=0) + lane // 4
-        row = (lane % 4) * H + row_unit
-        w = tl.load(w_hh + row * DEPTH + k, mask=(row_unit < H) & (k < DEPTH), other=0.0)
-    return swapped(w) if UNITS_FIRST and not WGMMA else w
+        row = (lane % 4) * how.H + row_unit
+        chunk = tl.load(w + row * DEPTH + k, mask=(row_unit < how.H) & (k < DEPTH), other=0.0)
+    return swapped(chunk) if how.UNITS_FIRST and not WGMMA else chunk
 
 
 @triton.jit
-def multiply(tile, w, acc, UNITS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def multiply(tile, weights, acc, how: tl.constexpr):
     """acc += the product of the tile and the weights, each as it is loaded."""
     # Without a matrix unit a product is a chain of multiply-adds. Over the whole depth its roundings would add up.
-    CHAIN: tl.constexpr = has_ptx() and tile.dtype == tl.float32 and PRECISION == "ieee"
+    CHAIN: tl.constexpr = has_ptx() and tile.dtype == tl.float32 and how.PRECISION == "ieee"
     onto = tl.zeros_like(acc) if CHAIN else acc
-    if UNITS_FIRST:
-        product = tl.dot(w, tile, onto, input_precision=PRECISION, out_dtype=acc.dtype)
+    if how.UNITS_FIRST:
+        product = tl.dot(weights, tile, onto, input_precision=how.PRECISION, out_dtype=acc.dtype)
     else:
-        product = tl.dot(tile, w, onto, input_precision=PRECISION, out_dtype=acc.dtype)
+        product = tl.dot(tile, weights, onto, input_precision=how.PRECISION, out_dtype=acc.dtype)
     return apart(acc, product) if CHAIN else product
 
 
@@ -115,12 +106,12 @@ def nearest(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def restored(product, FACTORS: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr):
+def restored(product, FACTORS: tl.constexpr, SUMMED: tl.constexpr, how: tl.constexpr):
     """A sum of products without the bias of its truncated FACTORS: what is left is as large as that of rounding.
 
     Added to something it costs nothing: the two become one multiply-add. SUMMED: it goes into sums over lanes.
     """
-    if has_ptx() and PRECISION == "tf32":
+    if has_ptx() and how.PRECISION == "tf32":
         if SUMMED:
             return rounded_product(product, 1.0 + FACTORS * DROPPED)
         else:
@@ -130,176 +121,121 @@ def restored(product, FACTORS: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl
 
 
 @triton.jit
-def zero_product(
-    WIDTH: tl.constexpr, BLOCK_B: tl.constexpr, UNITS_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, dtype: tl.constexpr
-):
-    if SPLIT_K > 1:
-        return tl.zeros([SPLIT_K, WIDTH, BLOCK_B] if UNITS_FIRST else [SPLIT_K, BLOCK_B, WIDTH], dtype)
-    else:
-        return tl.zeros([WIDTH, BLOCK_B] if UNITS_FIRST else [BLOCK_B, WIDTH], dtype)
+def gates_of(acc, FACTORS: tl.constexpr, how: tl.constexpr):
+    """A forward product -> its gates, `restored`."""
+    z = split_gates(acc, how)
+    return Gates(
+        restored(z.i, FACTORS, how.NORM, how),
+        restored(z.f, FACTORS, how.NORM, how),
+        restored(z.g, FACTORS, how.NORM, how),
+        restored(z.o, FACTORS, how.NORM, how),
+    )
 
 
 @triton.jit
-def resident_weights(
-    w_hh,
-    unit,
-    H: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Every chunk of this program's weights, as a tuple."""
-    DEPTH: tl.constexpr = 4 * H if BACKWARD else H
+def zeros(WIDTH: tl.constexpr, dtype: tl.constexpr, how: tl.constexpr):
+    """For a product of this width, or a tile of this depth."""
+    M: tl.constexpr = WIDTH if how.UNITS_FIRST else how.BLOCK_B
+    N: tl.constexpr = how.BLOCK_B if how.UNITS_FIRST else WIDTH
+    return tl.zeros([how.SPLIT_K, M, N] if how.SPLIT_K > 1 else [M, N], dtype)
+
+
+@triton.jit
+def resident_weights(w, tile, how: tl.constexpr):
+    """Every chunk of this program's weights, as a tuple; an empty one if they are read anew in every step."""
+    DEPTH: tl.constexpr = 4 * how.H if how.BACKWARD else how.H
     weights = ()
-    for chunk in tl.static_range((DEPTH + BLOCK_K - 1) // BLOCK_K):
-        k = depth_of(chunk, BLOCK_K, SPLIT_K)
-        weights = weights + (load_weights(w_hh, unit, k, H, DEPTH, BACKWARD, UNITS_FIRST, BLOCK_B, BLOCK_H),)
+    if how.BACKWARD and how.PLACEMENT == "local":
+        weights = (gate_weights(w, tile.unit, how),)
+    elif how.RESIDENT:
+        for chunk in tl.static_range((DEPTH + how.BLOCK_K - 1) // how.BLOCK_K):
+            weights = weights + (load_weights(w, tile.unit, depth_of(chunk, how), DEPTH, how),)
     return weights
 
 
 @triton.jit
-def gate_weights(
-    w_hh,
-    unit,
-    H: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def gate_weights(w, unit, how: tl.constexpr):
     """Backward weights of a program that owns every unit, slices as `stack_gates` has them."""
-    PARTS: tl.constexpr = SPLIT_K // 4
-    slice = tl.arange(0, SPLIT_K)[:, None]
-    lane = (slice % PARTS) * (BLOCK_H // PARTS) + tl.arange(0, BLOCK_H // PARTS)[None, :]
-    k = tl.where(lane < H, (slice // PARTS) * H + lane, 4 * H)  # 4H and up is masked
-    return (load_weights(w_hh, unit, k, H, 4 * H, True, UNITS_FIRST, BLOCK_B, BLOCK_H),)
+    PARTS: tl.constexpr = how.SPLIT_K // 4
+    slice = tl.arange(0, how.SPLIT_K)[:, None]
+    lane = (slice % PARTS) * (how.BLOCK_H // PARTS) + tl.arange(0, how.BLOCK_H // PARTS)[None, :]
+    k = tl.where(lane < how.H, (slice // PARTS) * how.H + lane, 4 * how.H)  # 4H and up is masked
+    return load_weights(w, unit, k, 4 * how.H, how)
 
 
 @triton.jit
-def sum_slices(acc, SPLIT_K: tl.constexpr):
+def sum_slices(acc, how: tl.constexpr):
     """[SPLIT_K, ..] -> [..]. The last two slices come apart by tl.split, which also moves the result from the dot's
     register layout into the plain one that the cell update is loaded in; without it every tile of the update is
     converted instead (53 block barriers a step against 25)."""
-    M: tl.constexpr = acc.shape[1]
-    N: tl.constexpr = acc.shape[2]
-    pair = tl.sum(tl.reshape(acc, (2, SPLIT_K // 2, M, N)), axis=1)
-    low, high = tl.split(tl.permute(pair, (1, 2, 0)))
-    return low + high
+    if how.SPLIT_K == 1:
+        return acc
+    else:
+        M: tl.constexpr = acc.shape[1]
+        N: tl.constexpr = acc.shape[2]
+        pair = tl.sum(tl.reshape(acc, (2, how.SPLIT_K // 2, M, N)), axis=1)
+        low, high = tl.split(tl.permute(pair, (1, 2, 0)))
+        return low + high
 
 
 @triton.jit
-def gates_product(
-    d,  # as `stack_gates` has them
-    weights,  # as `gate_weights` has them
-    compute: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """dgates W_hh of a program that owns every unit."""
-    acc = zero_product(BLOCK_H, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
-    return sum_slices(multiply(d, weights, acc, UNITS_FIRST, PRECISION), SPLIT_K)
+def local_product(tile, weights, how: tl.constexpr):
+    """The product of a program that owns every unit: of its h, or of dgates as `stack_gates` has them."""
+    acc = zeros(how.BLOCK_H if how.BACKWARD else 4 * how.BLOCK_H, how.compute, how)
+    return sum_slices(multiply(tile.to(how.dtype), weights[0], acc, how), how)
 
 
 @triton.jit
-def in_registers(
-    weights,
-    state,  # a state tile
-    never,  # bool, false, which the compiler cannot know
-    dtype: tl.constexpr,
-    compute: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """`state`, and where the weights are few a use of them outside of the time loop: with it the compiler keeps them in
-    registers, without it it would fetch them from shared memory in every step. wgmma reads them there anyway."""
-    WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
-    PARTS: tl.constexpr = 2 if PRECISION == "tf32x3" and dtype == tl.float32 else 1
-    SIZE: tl.constexpr = PARTS * dtype.primitive_bitwidth // 8
-    CHUNK: tl.constexpr = weights[0].numel // WIDTH // SPLIT_K
-    if len(weights) * weights[0].numel * SIZE <= FEW_BYTES:
-        acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
-        tile = zero_product(CHUNK, BLOCK_B, UNITS_FIRST, SPLIT_K, dtype) + never.to(dtype)
-        for chunk in tl.static_range(len(weights)):
-            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, PRECISION)
-        if SPLIT_K > 1:
-            acc = sum_slices(acc, SPLIT_K)
-        if not BACKWARD:
-            acc, _, _, _ = split_gates(acc, BLOCK_B, BLOCK_H, UNITS_FIRST)
-        state = tl.where(never, acc, state)
+def in_registers(weights, state, never, how: tl.constexpr):
+    """`state` (a state tile), and where the weights are few a use of them outside of the time loop.
+
+    With it the compiler keeps them in registers; without it it would fetch them from shared memory in every step. wgmma
+    reads them there anyway. never: false, which the compiler cannot know.
+    """
+    if how.RESIDENT and how.PLACEMENT != "stepwise":
+        WIDTH: tl.constexpr = how.BLOCK_H if how.BACKWARD else 4 * how.BLOCK_H
+        PARTS: tl.constexpr = 2 if how.PRECISION == "tf32x3" and how.dtype == tl.float32 else 1
+        SIZE: tl.constexpr = PARTS * how.dtype.primitive_bitwidth // 8
+        if len(weights) * weights[0].numel * SIZE <= FEW_BYTES:
+            acc = zeros(WIDTH, how.compute, how)
+            tile = zeros(weights[0].numel // WIDTH // how.SPLIT_K, how.dtype, how) + never.to(how.dtype)
+            for chunk in tl.static_range(len(weights)):
+                acc = multiply(tile, weights[chunk], acc, how)
+            acc = sum_slices(acc, how)
+            if not how.BACKWARD:
+                acc = split_gates(acc, how).i
+            state = tl.where(never, acc, state)
     return state
 
 
 @triton.jit
-def collect_chunk(
-    source, waiting, foreign, chunk, watch,
-    H: tl.constexpr, DEPTH: tl.constexpr, UNITS_FIRST: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
-):  # fmt: skip
-    """A chunk of the depth of the rows that `source` [BLOCK_B] points to; see `collect`."""
-    k = depth_of(chunk, BLOCK_K, SPLIT_K)
+def collect_chunk(source, chunk, peers, DEPTH: tl.constexpr, how: tl.constexpr):
+    """A chunk of the depth of the rows of `source`; see `collect`."""
+    k = depth_of(chunk, how)
     inside = None
-    if DEPTH % BLOCK_K != 0:
+    if DEPTH % how.BLOCK_K != 0:
         inside = tl.expand_dims(k < DEPTH, -2)
-    depth, begin = tl.expand_dims(k, -2), chunk * BLOCK_K
-    tile = collect(source, depth, inside, waiting, foreign, begin, watch, DEPTH, H, BLOCK_H, PROTOCOL)
-    if UNITS_FIRST:
+    part = Part(chunk * how.BLOCK_K, DEPTH, how.H, how.BLOCK_H)
+    tile = collect(source, tl.expand_dims(k, -2), inside, part, peers, how.PROTOCOL)
+    if how.UNITS_FIRST:
         tile = swapped(tile)
     return tile
 
 
 @triton.jit
-def recurrent_product(
-    source,  # [BLOCK_B] pointers to rows of DEPTH values, all of which may be read
-    waiting,  # bool: whether this launch publishes them
-    foreign,  # [BLOCK_B] bool or None: rows that it does not
-    watch,  # see exchange.py
-    weights,  # tuple of chunks, empty unless RESIDENT
-    w_hh,
-    unit,
-    compute: tl.constexpr,
-    H: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The product over the whole depth: [BLOCK_B, width], or [width, BLOCK_B] with UNITS_FIRST.
+def recurrent_product(source, weights, w, peers, tile, DEPTH: tl.constexpr, how: tl.constexpr):
+    """The product of rows of `source` over the whole depth: [BLOCK_B, width], or [width, BLOCK_B] with UNITS_FIRST.
 
-    DEPTH: H forward (another for a product with something else than h), 4H backward.
+    weights: see `resident_weights`; w: where those are that are not resident. DEPTH: H forward (another for a product
+    with something else than h), 4H backward.
     """
-    CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
-    WIDTH: tl.constexpr = BLOCK_H if BACKWARD else 4 * BLOCK_H
-    acc = zero_product(WIDTH, BLOCK_B, UNITS_FIRST, SPLIT_K, compute)
-    if RESIDENT:
+    CHUNKS: tl.constexpr = (DEPTH + how.BLOCK_K - 1) // how.BLOCK_K
+    acc = zeros(how.BLOCK_H if how.BACKWARD else 4 * how.BLOCK_H, how.compute, how)
+    if how.RESIDENT:
         for chunk in tl.static_range(CHUNKS):
-            tile = collect_chunk(
-                source, waiting, foreign, chunk, watch, H, DEPTH, UNITS_FIRST, SPLIT_K, BLOCK_H, BLOCK_K, PROTOCOL
-            )
-            acc = multiply(tile, weights[chunk], acc, UNITS_FIRST, PRECISION)
+            acc = multiply(collect_chunk(source, chunk, peers, DEPTH, how), weights[chunk], acc, how)
     else:
         for chunk in range(CHUNKS):
-            k = depth_of(chunk, BLOCK_K, SPLIT_K)
-            w = load_weights(w_hh, unit, k, H, DEPTH, BACKWARD, UNITS_FIRST, BLOCK_B, BLOCK_H)
-            tile = collect_chunk(
-                source, waiting, foreign, chunk, watch, H, DEPTH, UNITS_FIRST, SPLIT_K, BLOCK_H, BLOCK_K, PROTOCOL
-            )
-            acc = multiply(tile, w, acc, UNITS_FIRST, PRECISION)
-    if SPLIT_K > 1:
-        acc = sum_slices(acc, SPLIT_K)
-    return acc
+            loaded = load_weights(w, tile.unit, depth_of(chunk, how), DEPTH, how)
+            acc = multiply(collect_chunk(source, chunk, peers, DEPTH, how), loaded, acc, how)
+    return sum_slices(acc, how)

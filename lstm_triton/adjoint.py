@@ -21,19 +21,19 @@ from .hoisted import (
 )
 from .kernels.activate import activate
 from .kernels.backward import lstm_backward
-from .kernels.extras import Extras, Gradients
+from .kernels.variants import Gradients, Variants
 from .layer import (
     Cotangents,
     Inputs,
     Options,
     aligned,
     choose_plan,
-    extras_of,
     input_mask,
     marks_of,
     projected,
     projected_input,
     ready,
+    variants_of,
 )
 
 
@@ -43,13 +43,13 @@ def _previous(v: Inputs, options: Options, states: Tensor, start: Tensor | None,
     return previous_hidden(states, start, lengths, v.reset, fresh, v.w_hh.shape[0], options.order, options.batch_first)
 
 
-def operand_of(v: Inputs, options: Options, extras: Extras, out: Tensor) -> Tensor:
+def operand_of(v: Inputs, options: Options, variants: Variants, out: Tensor) -> Tensor:
     """The h_{t-1} that every step's recurrent product has read, masked: [rows, D, H]."""
     h_prev = _previous(v, options, out, v.h_0, v.reset_h)
-    if extras.h_mask is None:
+    if variants.h_mask is None:
         return h_prev
     by_row = h_prev.view(*v.x.shape[:2], *h_prev.shape[1:])
-    return (by_row * extras.h_mask.transpose(0, 1).unsqueeze(1 if options.batch_first else 0)).flatten(0, 1)
+    return (by_row * variants.h_mask.transpose(0, 1).unsqueeze(1 if options.batch_first else 0)).flatten(0, 1)
 
 
 def product_of(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -69,8 +69,8 @@ def product_of(v: Inputs, options: Options, operand: Tensor, onto: Tensor | None
 
 def recomputed_gates(v: Inputs, options: Options, out: Tensor, cells: Tensor) -> Tensor:
     """The activated gates [rows, D, 4H] that the forward pass did not keep: two GEMMs over the whole sequence."""
-    gates, extras = projected_input(v, options), extras_of(v, options)
-    operand = operand_of(v, options, extras, out)
+    gates, variants = projected_input(v, options), variants_of(v, options)
+    operand = operand_of(v, options, variants, out)
     if v.gain_hh is None:
         product_of(v, options, operand, gates)
     else:
@@ -80,7 +80,7 @@ def recomputed_gates(v: Inputs, options: Options, out: Tensor, cells: Tensor) ->
         # Given even where it is 0: unlike out, cells are not 0 beyond a length, where the reverse direction begins.
         c_0 = cells.new_zeros((v.w_hh.shape[0], layout.batch, v.w_hh.shape[2])) if v.c_0 is None else v.c_0
         c_prev = _previous(v, options, cells.reshape(out.shape), c_0, v.reset_c)
-    return activate(gates, c_prev, layout, options.order, extras)
+    return activate(gates, c_prev, layout, options.order, variants)
 
 
 def backward(
@@ -97,11 +97,11 @@ def backward(
     layout = options.layout(v.x)
     config = choose_plan("backward", v, options).config
     lengths, reset = marks_of(v, layout)
-    extras, operand, product = extras_of(v, options), None, None
+    variants, operand, product = variants_of(v, options), None, None
     # What the products have read is a view of `out`, or has to be put together.
-    shifted = v.reset is None and v.gain_hh is None and extras.h_mask is None and not options.batch_first
+    shifted = v.reset is None and v.gain_hh is None and variants.h_mask is None and not options.batch_first
     if (wanted["w_hh"] and not shifted) or v.gain_hh is not None:
-        operand = operand_of(v, options, extras, out)
+        operand = operand_of(v, options, variants, out)
     if v.gain_hh is not None:
         assert operand is not None
         product = product_of(v, options, operand)
@@ -122,7 +122,7 @@ def backward(
         options.order,
         ready(given.cells),
         ready(given.gates),
-        extras,
+        variants,
         product,
         None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
     )
@@ -133,7 +133,7 @@ def backward(
     by_row = v.reset.t() if v.reset is not None and options.batch_first else v.reset
 
     def onto_h(by_product: Tensor, by_zoneout: Tensor | None) -> Tensor:
-        masked = by_product if extras.h_mask is None else by_product * extras.h_mask
+        masked = by_product if variants.h_mask is None else by_product * variants.h_mask
         return masked if by_zoneout is None else masked + by_zoneout
 
     if wanted["w_hh"] and shifted:

@@ -17,10 +17,10 @@ from . import planner
 from .device import on_gpu
 from .equations import norm_gates
 from .kernels.config import PLAIN_CELL, Cell, Config, Layout
-from .kernels.extras import Extras
 from .kernels.forward import lstm_forward
 from .kernels.masks import sequence_mask
 from .kernels.matmul import matmul
+from .kernels.variants import Variants
 from .philox import INPUT, RECURRENT
 from .planner import NoPlan, Plan, plan_single
 from .problem import INVARIANT_BATCH, PASSES, Problem
@@ -200,14 +200,14 @@ def marks_of(v: Inputs, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
     return lengths, ready(None if v.reset is None else v.reset.reshape(-1))
 
 
-def extras_of(v: Inputs, options: Options) -> Extras:
+def variants_of(v: Inputs, options: Options) -> Variants:
     """What the kernels get for the variants of the cell."""
     cell, h_mask = options.cell, None
     if cell.sampled and cell.variational_h:
         batch, hidden_size = options.layout(v.x).batch, v.w_hh.shape[2]
         assert v.seed is not None
         h_mask = sequence_mask(v.seed, batch, hidden_size, RECURRENT, cell.variational_h, v.x.dtype, options.order)
-    return Extras(
+    return Variants(
         cell, ready(v.peephole), ready(v.gain_hh), ready(v.norm_c), ready(v.seed), h_mask, options.time_begin
     )  # fmt: skip
 
@@ -288,7 +288,7 @@ def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None
         options.order,
         c_dtype,
         projection,
-        extras_of(v, options),
+        variants_of(v, options),
     )
     # Not a view for autograd: one could not be changed in place (`_unsafe_view` is what aten's matmul returns).
     out = torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], out.shape[1] * out.shape[2]])

@@ -42,8 +42,8 @@ from . import adjoint, first_use, windows
 from . import layer as layers
 from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
 from .kernels.alarm import raised
-from .kernels.config import PLAIN_CELL, Cell
-from .kernels.launch import LaunchRefused, compute_dtype
+from .kernels.config import PLAIN_CELL, Cell, compute_dtype
+from .kernels.launch import LaunchRefused
 from .kernels.matmul import matmul
 from .layer import DIFFERENTIABLE, Cotangents, Inputs, Options
 from .precision import matmul_precision, resolve_precision

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import adjoint, first_use, layer
 from .hoisted import ways
-from .kernels.launch import compute_dtype
+from .kernels.config import compute_dtype
 from .layer import Cotangents, Inputs, Options
 from .precision import matmul_precision
 

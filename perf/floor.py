@@ -24,6 +24,7 @@ from shapes import DTYPES, Shape
 
 from lstm_triton.kernels.alarm import board_of
 from lstm_triton.kernels.exchange import await_flags, collect, publish, publishable, raise_flag
+from lstm_triton.kernels.records import Part, Peers, Source
 from lstm_triton.tuning.clock import Times, times_of
 
 ROWS, UNITS = 16, 16  # the tile of a program: 16 sequences by 16 hidden units
@@ -57,11 +58,11 @@ def exchange_kernel(
         at = (step * ROWS + row)[:, None] * WIDTH
         everything = tl.full([ROWS, UNITS], True, tl.int1)
         publish(buffer + at + unit[None, :], publishable(value, tl.bfloat16), everything, PROTOCOL)
-        raise_flag(flags, tile, step + 1, PROTOCOL)
-        watch = (board, step)
-        await_flags(flags, step + 1, watch, TILES, TILES, PROTOCOL)
-        rows = buffer + (step * ROWS + row) * WIDTH
-        block = collect(rows, column[None, :], None, True, None, 0, watch, WIDTH, WIDTH, UNITS, PROTOCOL)
+        peers = Peers(flags, board, step)
+        raise_flag(peers, tile, step + 1, PROTOCOL)
+        await_flags(peers, step + 1, TILES, PROTOCOL)
+        source = Source(buffer + (step * ROWS + row) * WIDTH, True, None)
+        block = collect(source, column[None, :], None, Part(0, WIDTH, WIDTH, UNITS), peers, PROTOCOL)
         collected = tl.sum(block.to(tl.float32))
         total += collected
         value = value * 0.5 + collected * 0.0  # the next tile depends on what was collected

@@ -14,8 +14,8 @@ from rows import needs_gpu
 
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import Config, Layout
-from lstm_triton.kernels.extras import PLAIN, Extras
 from lstm_triton.kernels.forward import lstm_forward
+from lstm_triton.kernels.variants import PLAIN, Variants
 
 HIDDEN, BATCH, STEPS = 512, 16, 32
 
@@ -39,16 +39,16 @@ def recurrences(protocol: str, rows: int, norm: bool, seed: int, device: str = "
     projected = torch.randn(layout.rows, 1, 4 * HIDDEN, **options)
     w_hh = torch.randn(1, 4 * HIDDEN, HIDDEN, **options) * HIDDEN**-0.5
     dout = torch.randn(layout.rows, 1, HIDDEN, **options)
-    extras, product = PLAIN, None
+    variants, product = PLAIN, None
     if norm:
-        extras = Extras(gain_hh=torch.rand(1, 4, HIDDEN, **options), norm_c=torch.rand(1, 2, HIDDEN, **options))
+        variants = Variants(gain_hh=torch.rand(1, 4, HIDDEN, **options), norm_c=torch.rand(1, 2, HIDDEN, **options))
         product = torch.randn_like(projected)
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         gates = projected.clone()
-        out, _, _, cells, stats = lstm_forward(gates, w_hh, None, layout, forward, "tf32", True, extras=extras)
+        out, _, _, cells, stats = lstm_forward(gates, w_hh, None, layout, forward, "tf32", True, variants=variants)
         given = (dout, None, None, gates, cells, w_hh, None, layout, backward, "tf32")
-        return out, lstm_backward(*given, extras=extras, product=product, stats=stats).dgates
+        return out, lstm_backward(*given, variants=variants, product=product, stats=stats).dgates
 
     return call
 

@@ -26,7 +26,7 @@ from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from lstm_triton.layer import DIFFERENTIABLE as INPUTS
-from lstm_triton.layer import WEIGHTS, Inputs, Options, extras_of, marks_of, projected_input
+from lstm_triton.layer import WEIGHTS, Inputs, Options, marks_of, projected_input, variants_of
 from lstm_triton.planner import Plan
 
 DRAWS = 16
@@ -225,20 +225,20 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
     v = Inputs(**{name: given[name] for name in Inputs._fields})
     order = "both" if case.directions == 2 else "forward"
     options = Options(case.batch_first, order, False, "ieee", "", case.cell)
-    layout, gates, extras = options.layout(v.x), projected_input(v, options).contiguous(), extras_of(v, options)
+    layout, gates, variants = options.layout(v.x), projected_input(v, options).contiguous(), variants_of(v, options)
     lengths, reset = marks_of(v, layout)
     state = (v.h_0, v.c_0) if case.state else None
     reset_state = (v.reset_h, v.reset_c) if case.reset else None
     out, h_n, c_n, cells, stats = run_forward(
-        gates, v.w_hh, state, layout, config, "ieee", True, lengths, reset, reset_state, extras=extras
+        gates, v.w_hh, state, layout, config, "ieee", True, lengths, reset, reset_state, variants=variants
     )
     product = None
     if case.norm:
         by_time = out.view(*v.x.shape[:2], -1)
-        product = product_of(v, options, operand_of(v, options, extras, by_time))
+        product = product_of(v, options, operand_of(v, options, variants, by_time))
     found = run_backward(
         given["dout"], given["dh_n"], given["dc_n"], gates, cells, v.w_hh, v.c_0,
-        layout, backward_of(config), "ieee", lengths, reset, v.reset_c, extras=extras, product=product, stats=stats,
+        layout, backward_of(config), "ieee", lengths, reset, v.reset_c, variants=variants, product=product, stats=stats,
     )  # fmt: skip
     return [out, h_n, c_n, *(tensor for tensor in (*found[:2], *found[3:]) if tensor is not None)]
 

@@ -211,11 +211,11 @@ def test_sums_of_truncated_products_are_restored(which: str) -> None:
 
 def test_no_size_of_a_batch_is_compiled_in() -> None:
     """B, T and the strides that follow from them are plain arguments, not even specialised for 1 or 16."""
-    from lstm_triton.kernels.tiles import RUNTIME_SIZES
+    from lstm_triton.kernels.records import RUNTIME
 
     for kernel in (lstm_forward_kernel, lstm_backward_kernel):
         for parameter in kernel.params:
-            if parameter.name in RUNTIME_SIZES:
+            if parameter.name in RUNTIME:
                 assert parameter.do_not_specialize
                 assert not parameter.is_constexpr
             elif not parameter.is_constexpr:

@@ -146,12 +146,12 @@ def _launch_without_the_last_tile(kernel, *arguments, **keywords) -> None:
 
 
 # A bug takes one step of the protocol away: a change of one kernel module's text.
-FORWARD_STORE = "publish(out + sequence, h_t, owned, PROTOCOL)"
-FORWARD_FLAG = "        raise_flag(flags, hidden_tile, (step + 1) * PUBLISHED, PROTOCOL)\n"
-BACKWARD_STORE = "publish_gates(dgates + offset, d_i, d_f, d_g, d_o, owned, H, PROTOCOL)"
-BACKWARD_FLAG = "        raise_flag(flags, hidden_tile, (seq_len - step) * PUBLISHED, PROTOCOL)\n"
-SHARE_STORE = "    publish(pairs + 2 * own_tile + 1, publishable(second, dtype), valid, PROTOCOL)\n"
-SHARE_FLAG = "    raise_flag(flags, own_tile, count, PROTOCOL)\n"
+FORWARD_STORE = "send(out + sequence, masks.sent, sequence, tl.where(live, h, 0.0), own_mask, tile, how)"
+FORWARD_FLAG = "        raise_flag(peers, tile.hidden_tile, (step + 1) * how.PUBLISHED, how.PROTOCOL)\n"
+BACKWARD_STORE = "publish_gates(dgates + offset, d, tile.owned, how.H, how.PROTOCOL)"
+BACKWARD_FLAG = "        raise_flag(peers, tile.hidden_tile, (seq_len - step) * how.PUBLISHED, how.PROTOCOL)\n"
+SHARE_STORE = "    publish(own + 1, publishable(second, dtype), tile.in_batch, how.PROTOCOL)\n"
+SHARE_FLAG = "    raise_flag(peers, tile.hidden_tile, count, how.PROTOCOL)\n"
 EMPTYING = "buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)"
 BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "forward: nothing published": ("flags", "forward", (FORWARD_FLAG, "")),
@@ -161,9 +161,13 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
         (FORWARD_STORE, "pass"),
         (FORWARD_FLAG, f"{FORWARD_FLAG}        {FORWARD_STORE}\n"),
     ),
-    "forward: a step too few": ("flags", "forward", ("await_flags(flags, step * ", "await_flags(flags, -1 + step * ")),
-    "forward: initial state awaited": ("mailbox", "forward", ("source, step > 0, foreign,", "source, True, foreign,")),
-    "forward: reset state awaited": ("mailbox", "forward", ("foreign = restart", "foreign = None")),
+    "forward: a step too few": ("flags", "forward", ("await_flags(peers, step * ", "await_flags(peers, -1 + step * ")),
+    "forward: initial state awaited": (
+        "mailbox",
+        "forward",
+        ("Source(rows, at.step > 0, foreign)", "Source(rows, True, foreign)"),
+    ),
+    "forward: reset state awaited": ("mailbox", "forward", ("foreign = at.restart", "foreign = None")),
     "backward: nothing published": ("flags", "backward", (BACKWARD_FLAG, "")),
     "backward: flag before its data": (
         "flags",
@@ -174,12 +178,12 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "backward: the end awaited": (
         "mailbox",
         "backward",
-        ("inner, None, watch, weights,", "True, None, watch, weights,"),
+        ("(4 * how.H), inner, None)", "(4 * how.H), True, None)"),
     ),
     "backward: a step too few": (
         "flags",
         "backward",
-        ("(flags, (seq_len - 1 - step) *", "(flags, (seq_len - 2 - step) *"),
+        ("(peers, (seq_len - 1 - step) *", "(peers, (seq_len - 2 - step) *"),
     ),
     "flags of an earlier launch": ("flags", "launch", ("exchanged.new_zeros((", "99 + exchanged.new_zeros((")),
     "mailboxes never emptied": ("mailbox", "launch", (EMPTYING, "pass")),
@@ -187,7 +191,7 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "mailboxes read at once": (
         "mailbox",
         "exchange",
-        ("(fullest(bits, others) == FULL)", "(fullest(bits, others) == FULL + 1)"),
+        ("(fullest(bits, foreign) == FULL)", "(fullest(bits, foreign) == FULL + 1)"),
     ),
     "NaN with the bits of an empty mailbox": (
         "mailbox",
@@ -199,13 +203,13 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "share: a tile too few": (
         "flags",
         "exchange",
-        ("    await_flags(flags, count, ", "    await_flags(flags, count - 1, "),
+        ("    await_flags(peers, count, how", "    await_flags(peers, count - 1, how"),
     ),
     "share: mailboxes of an earlier launch": ("mailbox", "launch", ("in self.exchanged:", "in self.exchanged[:1]:")),
     "norm: what follows is not awaited": (
         "flags",
-        "forward",
-        ("PUBLISHED: tl.constexpr = 3 if NORM else 1", "PUBLISHED: tl.constexpr = 2"),
+        "launch",
+        ("PUBLISHED=3 if norm else 1", "PUBLISHED=2"),
     ),
 }
 

@@ -101,7 +101,7 @@ def test_marks_in_bytes_would_be_found(
 ) -> None:
     config = Config("local", "none", True, True, 4, 8, 16, 16, 4)
     assert misread_operands(lowered("backward", config, arch, 16, dtype, reset=True)) == 0
-    narrow = plant(tmp_path, "backward", ("reset=wide_marks(reset)", "reset=reset"))
+    narrow = plant(tmp_path, "backward", ("wide_marks(reset)", "reset"))
     monkeypatch.setattr(compiler, "lstm_backward", narrow.lstm_backward)
     assert misread_operands(lowered("backward", config, arch, 16, dtype, reset=True)) == 2
     assert misread_operands(lowered("backward", config, arch, 16, dtype)) == 0
@@ -111,7 +111,11 @@ def test_marks_in_bytes_would_be_found(
 def test_weights_of_wgmma_that_are_transposed_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config("local", "none", True, True, 1, 16, 128, 128, 8)
     assert misread_operands(lowered("forward", config, "sm_90", 128, torch.bfloat16)) == 0
-    product = plant(tmp_path, "product", ("UNITS_FIRST and not BACKWARD and BLOCK_B >= 16", "False and BLOCK_B >= 16"))
+    product = plant(
+        tmp_path,
+        "product",
+        ("how.UNITS_FIRST and not how.BACKWARD and how.BLOCK_B >= 16", "False and how.BLOCK_B >= 16"),
+    )
     own = ("from .product import", f"from .{product.__name__.rpartition('.')[2]} import")
     monkeypatch.setattr(compiler, "lstm_forward", plant(tmp_path, "forward", own).lstm_forward)
     assert misread_operands(lowered("forward", config, "sm_90", 128, torch.bfloat16)) == 1

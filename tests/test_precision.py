@@ -178,7 +178,7 @@ def test_the_kernels_get_what_is_resolved(monkeypatch: pytest.MonkeyPatch) -> No
     real = forward.run
 
     def noted(kernel, recurrence, arguments) -> None:
-        seen.append(recurrence.precision)
+        seen.append(recurrence.how.PRECISION)
         real(kernel, recurrence, arguments)
 
     monkeypatch.setattr(layer, "lstm_forward", lambda *a: forward.lstm_forward(*a, launch=noted))

@@ -11,9 +11,10 @@ from engines import Engine
 from layers import Case, assert_as_good_as_torch, by_kernels
 
 from lstm_triton.kernels.config import Config, Layout
-from lstm_triton.kernels.extras import PLAIN
 from lstm_triton.kernels.forward import lstm_forward_kernel
-from lstm_triton.kernels.launch import constants
+from lstm_triton.kernels.launch import given, how_of
+from lstm_triton.kernels.records import Exchange, Limits, Masks, Norm, Projection, Resets, State
+from lstm_triton.kernels.variants import PLAIN
 
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
@@ -123,11 +124,13 @@ def test_offsets_beyond_two_to_the_31() -> None:
     carry = torch.zeros(1, 1, hidden)
     config = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
     layout = Layout(1, seq_len, False)
+    how = how_of(config, hidden, 1, "forward", "ieee", torch.float16, PLAIN)
     lstm_forward_kernel[(1, 1, 1)](
-        gates=rows, w_hh=w_hh, h_0=None, c_0=None, reset_h=None, reset_c=None, out=out, cells=None, h_n=h_n, c_n=c_n,
-        carry_h=carry.clone(), carry_c=carry.clone(), lengths=None, reset=None, flags=None, board=None, x=None, w_ih=None, bias=None, batch=1, seq_len=seq_len,
-        masked_h_0=None, masked_reset_h=None, sent=None, pairs=None, stats=None, row_stride_t=layout.stride_t, row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1,
-        step_end=seq_len, SAVE=False, INPUTS=0, ALIGNED=False, **PLAIN.arguments(), **constants(config, hidden, 1, "forward", "ieee", torch.float16),
+        gates=rows, w_hh=w_hh, initial=State(), resets=Resets(), out=out, cells=None, final=State(h_n, c_n),
+        carry=State(carry.clone(), carry.clone()), lengths=None, single=Projection(), exchange=Exchange(), peephole=None,
+        norm=Norm(), masks=Masks(), limits=Limits(), batch=1, seq_len=seq_len, row_stride_t=layout.stride_t,
+        row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1, step_end=seq_len, time_begin=0,
+        how=given(how),
     )  # fmt: skip
     i, _, g, o = rows[-1, 0].double().view(4, hidden)
     want = o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()

@@ -17,7 +17,7 @@ from lstm_triton.device import KNOWN
 from lstm_triton.kernels import activate, backward, forward, masks
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels.config import Cell, Config, Layout, chance
-from lstm_triton.kernels.extras import Extras
+from lstm_triton.kernels.variants import Variants
 from lstm_triton.planner import plan
 from lstm_triton.problem import PASSES, Problem
 
@@ -166,7 +166,7 @@ def test_the_small_kernels_compile(arch: str, dtype: torch.dtype, monkeypatch: p
         {"device": "meta"},
     )
     seed, gates = torch.empty(2, dtype=torch.int64, **meta), torch.empty((6, 2, 80), dtype=dtype, **meta)
-    extras = Extras(cell, torch.empty((2, 3, 20), dtype=dtype, **meta), seed=seed)
+    variants = Variants(cell, torch.empty((2, 3, 20), dtype=dtype, **meta), seed=seed)
     compiled = []
 
     class Warm:
@@ -180,7 +180,7 @@ def test_the_small_kernels_compile(arch: str, dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(masks, "sequence_mask_kernel", Warm(masks.sequence_mask_kernel))
     with compiler.compiling_for(arch):
         masks.sequence_mask(seed, 3, 20, 1, chance(0.3), dtype, "both")
-        activate.activate(gates, torch.empty((6, 2, 20), dtype=dtype, **meta), Layout(3, 2, False), "both", extras)
+        activate.activate(gates, torch.empty((6, 2, 20), dtype=dtype, **meta), Layout(3, 2, False), "both", variants)
     assert len(compiled) == 2
     assert all(compiler.report_of(binary).spills == 0 for binary in compiled)
 

@@ -23,10 +23,10 @@ CONSTANTS = "from .alarm import GRACE, MARK, PATIENCE, STEP_BITS, TILE_BITS"
 IMPATIENT = (
     "from .alarm import MARK, STEP_BITS, TILE_BITS\n\nPATIENCE = tl.constexpr(200)\nGRACE = tl.constexpr(100)"
 )  # fmt: skip
-HERE = "    hidden_tile = tl.program_id(0)\n"
+HERE = "    tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)\n"
 LOST = {  # one program of three, which the device has not started
-    "forward": (HERE, HERE + "    step_end = tl.where(hidden_tile == 1, step_begin, step_end)\n"),
-    "backward": (HERE, HERE + "    step_begin = tl.where(hidden_tile == 1, step_end, step_begin)\n"),
+    "forward": (HERE, HERE + "    step_end = tl.where(tile.hidden_tile == 1, step_begin, step_end)\n"),
+    "backward": (HERE, HERE + "    step_begin = tl.where(tile.hidden_tile == 1, step_end, step_begin)\n"),
 }
 
 

@@ -1,22 +1,19 @@
-"""What a launch gets for the variants of the cell: their tensors, and kernel arguments that are None without them."""
+"""The variants of the cell as a launch is given them: their tensors, and the records that kernels read them by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
-from .config import PLAIN_CELL, Cell, Config, Layout
-from .launch import compute_dtype
-
-# Never part of a binary: see tiles.py.
-RUNTIME_EXTRAS = ["time_begin", "zoneout_h", "zoneout_c", "recurrent_dropout"]
+from .config import PLAIN_CELL, Cell, Config, Layout, compute_dtype
+from .records import Limits, Masks
 
 
 @dataclass(frozen=True)
-class Extras:
+class Variants:
     """The variants of one layer.
 
     peephole [D, 3, H]: diagonal weights of c to i, f (c_{t-1}) and o (c_t). gain_hh [D, 4, H] and norm_c [D, 2, H]
@@ -32,24 +29,30 @@ class Extras:
     h_mask: torch.Tensor | None = None
     time_begin: int = 0
 
-    def arguments(self) -> dict[str, Any]:
-        """What both kernels take."""
+    @property
+    def sampled(self) -> bool:
+        """Whether masks of single steps are drawn."""
         cell = self.cell
-        per_step = cell.sampled and (cell.zoneout_h or cell.zoneout_c or cell.recurrent_dropout)
-        return {
-            "peephole": self.peephole,
-            "gain_hh": self.gain_hh,
-            "norm_c": self.norm_c,
-            "seed": self.seed if per_step else None,
-            "h_mask": self.h_mask,
-            "time_begin": self.time_begin,
-            "zoneout_h": cell.zoneout_h or None,
-            "zoneout_c": cell.zoneout_c or None,
-            "recurrent_dropout": (cell.recurrent_dropout or None) if cell.sampled else None,
-            "cell_clip": cell.cell_clip or None,
-            "COUPLED": cell.coupled,
-            "SAMPLED": bool(per_step),
-        }
+        return cell.sampled and bool(cell.zoneout_h or cell.zoneout_c or cell.recurrent_dropout)
+
+    def masks(self) -> Masks:
+        """What both passes read."""
+        cell = self.cell
+
+        def probability(threshold: int) -> float | None:
+            return float(threshold) if threshold else None
+
+        return Masks(
+            seed=self.seed if self.sampled else None,
+            zoneout_h=probability(cell.zoneout_h),
+            zoneout_c=probability(cell.zoneout_c),
+            recurrent_dropout=probability(cell.recurrent_dropout) if cell.sampled else None,
+            h_mask=self.h_mask,
+        )
+
+    def limits(self) -> Limits:
+        """None for none."""
+        return Limits(self.cell.cell_clip or None, self.cell.grad_clip or None)
 
     def check(self, config: Config, hidden_size: int) -> None:
         """Raise the ValueError of a config that cannot run these variants."""
@@ -72,20 +75,6 @@ class Extras:
         tiles = triton.cdiv(hidden_size, config.block_h)
         return like.new_empty((layout.rows, like.shape[0], 2, tiles, 2), dtype=compute_dtype(like.dtype))
 
-    def gradients(self, dgates: torch.Tensor, state: torch.Tensor, reset: bool) -> dict[str, torch.Tensor | None]:
-        """New buffers for the last five of `Gradients`; those of sums are zeroed: `stepwise` adds launch by launch.
-
-        state [D, B, H]: like a state, in the compute type. reset: with a given reset state.
-        """
-        zoneout, norm = self.cell.zoneout_h > 0, self.gain_hh is not None
-        return {
-            "dproduct": torch.empty_like(dgates) if norm else None,
-            "dh_0": torch.zeros_like(state) if zoneout else None,
-            "dh_reset": torch.zeros_like(state) if zoneout and reset else None,
-            "dpeephole": state.new_zeros((3, *state.shape)) if self.peephole is not None else None,
-            "dnorm_c": state.new_zeros((2, *state.shape)) if norm else None,
-        }
-
     def stats(self, layout: Layout, like: torch.Tensor) -> torch.Tensor | None:
         """A new buffer [rows, D, 4] for the means and rstds of both normalisations."""
         if self.gain_hh is None:
@@ -106,4 +95,4 @@ class Gradients(NamedTuple):
     dnorm_c: torch.Tensor | None
 
 
-PLAIN = Extras()
+PLAIN = Variants()
