@@ -19,9 +19,12 @@ import torch
 import triton
 from torch import nn
 
-from lstm_triton import LSTM, eager, layer, routing
-from lstm_triton.device import KNOWN
+from lstm_triton import LSTM
 from lstm_triton.kernels.compile import compiling_for
+from lstm_triton.layer import eager
+from lstm_triton.layer import forward as layer
+from lstm_triton.planning import route as routing
+from lstm_triton.planning.device import KNOWN
 
 CALLS, WARM_UP = 300, 20
 INPUTS, HIDDEN = 8, 16

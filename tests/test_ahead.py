@@ -12,9 +12,9 @@ import torch
 from host_overhead import without_launches
 
 from lstm_triton import LSTM
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels.backward import lstm_backward_kernel
 from lstm_triton.kernels.forward import lstm_forward_kernel
+from lstm_triton.planning.device import KNOWN
 
 pytestmark = pytest.mark.aot
 ARCH, CPU = "sm_90", torch.device("cpu")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lstm_triton import LSTM, layer
-from lstm_triton.device import KNOWN
+from lstm_triton import LSTM
 from lstm_triton.kernels.config import PLAIN_CELL
 from lstm_triton.kernels.matmul import matmul
-from lstm_triton.problem import Problem
-from lstm_triton.recipes.interpreter import ordered_dots
+from lstm_triton.layer import choice as layer
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.problem import Problem
+from lstm_triton.testing.interpreter import ordered_dots
 
 ROWS, STEPS = 33, 3
 

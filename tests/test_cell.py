@@ -9,8 +9,8 @@ import triton.language as tl
 from engines import Engine
 from layers import INPUTS, Case, by_reference
 
-from lstm_triton import reference
 from lstm_triton.kernels.cell import sigmoid, tanh
+from lstm_triton.reference import layer as reference
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lstm_triton.recipes import char_lm
-from lstm_triton.recipes import text as text_module
-from lstm_triton.recipes.training import Curve
+from lstm_triton.recipes.shared import text as text_module
+from lstm_triton.recipes.shared.training import Curve
 
 SMALL = ["--batch", "8", "--seq-len", "16", "--hidden-size", "24", "--sample", "40", "--quiet"]
 
@@ -209,7 +209,7 @@ def test_the_default_text_ships_with_python() -> None:
 def test_what_cannot_run_is_one_line_and_status_2(
     tmp_path: Path, text: Path, options: list[str], capsys, monkeypatch
 ) -> None:
-    from lstm_triton import module
+    from lstm_triton.modules import lstm as module
 
     def refuse(*_):
         raise RuntimeError('backend="triton" is not possible: no GPU')

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lstm_triton.recipes import char_lm, char_lm_inside
 from lstm_triton.recipes.char_lm_inside import Trace
-from lstm_triton.recipes.command import Refused
+from lstm_triton.recipes.shared.command import Refused
 
 TEXT = 'He said "go (now)".\n  So be it.\n' * 120
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton.recipes import classification, tables
-from lstm_triton.recipes.command import Refused
+from lstm_triton.recipes import classification
+from lstm_triton.recipes.shared import tables
+from lstm_triton.recipes.shared.command import Refused
 
 
 def parse(tmp_path: Path, *arguments: str):

@@ -13,9 +13,9 @@ import torch
 from test_table import table
 
 from lstm_triton.__main__ import main
-from lstm_triton.settings import VARIABLES
-from lstm_triton.tuning import tune
-from lstm_triton.tuning.table import load
+from lstm_triton.commands import tune
+from lstm_triton.planning.settings import VARIABLES
+from lstm_triton.planning.table import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,7 +223,7 @@ def test_explain_raises_what_the_call_would(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_self_check_of_the_doctor() -> None:
-    from lstm_triton.doctor import self_check
+    from lstm_triton.commands.doctor import self_check
 
     assert self_check(torch.device("cpu")).startswith("kernels ran; largest difference from nn.LSTM")
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 import triton
 
-from lstm_triton.cost import shared_bytes
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels.backward import lstm_backward_kernel
 from lstm_triton.kernels.compile import compile_pass, compiling_for, report_of
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.matmul import matmul_kernel
 from lstm_triton.kernels.product import DROPPED
-from lstm_triton.planner import plan, plan_single
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.planning.cost import shared_bytes
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import plan, plan_single
+from lstm_triton.planning.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
 REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"

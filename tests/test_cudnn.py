@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lstm_triton.cudnn import ALGORITHMS, Call, algorithm
-from lstm_triton.device import KNOWN, Device
+from lstm_triton.planning.cudnn import ALGORITHMS, Call, algorithm
+from lstm_triton.planning.device import KNOWN, Device
 
 HOME = Call(input_size=256, hidden_size=1024, batch=64, num_layers=1, directions=1, dtype="float16")
 H100 = KNOWN["sm_90"]

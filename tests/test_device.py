@@ -14,13 +14,16 @@ import torch
 import triton
 
 import lstm_triton
-from lstm_triton import LSTM, device, doctor, routing
-from lstm_triton.planner import NoPlan
+from lstm_triton import LSTM
+from lstm_triton.commands import doctor
+from lstm_triton.planning import device
+from lstm_triton.planning import route as routing
+from lstm_triton.planning.planner import NoPlan
 
 PACKAGE = Path(lstm_triton.__file__).parent
 KERNELS = Path(lstm_triton.kernels.__path__[0])
 # Where CUDA is named: the place that asks, clocks and reports of GPUs, and the driver's version.
-NAMED = {"device.py", "doctor.py", "first_use.py", "tuning/clock.py"}
+NAMED = {"commands/doctor.py", "layer/first_use.py", "planning/device.py", "tuning/clock.py"}
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lstm_triton import LSTM, diagnostics, statistics
-from lstm_triton.diagnostics import watch
+from lstm_triton import LSTM, diagnostics
+from lstm_triton.diagnostics import statistics, watch
 from lstm_triton.recipes import debugging
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lstm_triton import LSTM, eager, ops
+from lstm_triton import LSTM
+from lstm_triton.layer import eager
+from lstm_triton.layer import op as ops
 
 CASES = {
     "plain": Case(),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lstm_triton.kernels import forward
 from lstm_triton.kernels.config import Cell, Config, chance
-from lstm_triton.recipes.interpreter import Deadlock, cooperative
+from lstm_triton.testing.interpreter import Deadlock, cooperative
 
 SEEDS = range(100)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}

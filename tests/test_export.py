@@ -105,8 +105,8 @@ def test_training_programs_are_refused_a_decomposition() -> None:
 
 
 def test_the_operator_without_kernels_has_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lstm_triton import layer
-    from lstm_triton.planner import NoPlan
+    from lstm_triton.layer import choice as layer
+    from lstm_triton.planning.planner import NoPlan
 
     monkeypatch.setattr(layer, "kernel_device", lambda device: NoPlan("there is no GPU"))
     x, weights = torch.randn(3, 2, 4), (torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20))

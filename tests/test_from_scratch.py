@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lstm_triton import LSTM, reference
+from lstm_triton import LSTM
 from lstm_triton.recipes import from_scratch
+from lstm_triton.reference import layer as reference
 
 
 def test_every_stage_is_nn_lstm_and_ours() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lstm_triton.hoisted import previous_hidden, recurrent_weight_gradient
+from lstm_triton.layer.sequence import previous_hidden, recurrent_weight_gradient
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "both"])

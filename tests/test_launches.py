@@ -6,8 +6,8 @@ import launches
 import pytest
 import torch
 
-from lstm_triton.device import KNOWN
-from lstm_triton.recipes.interpreter import cooperative
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.testing.interpreter import cooperative
 
 CPU = torch.device("cpu")
 NAMES = ["local", "stepwise", "grid mailbox", "grid flags"]

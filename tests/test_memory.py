@@ -11,9 +11,13 @@ from layers import INPUTS, OUTPUTS, Case, arguments, assert_as_good_as_torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lstm_triton import LSTM, adjoint, layer, ops, windows
+from lstm_triton import LSTM
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.forward import lstm_forward
+from lstm_triton.layer import backward as adjoint
+from lstm_triton.layer import forward as layer
+from lstm_triton.layer import op as ops
+from lstm_triton.layer import windows
 
 MODES = ["none", "gates", "chunk:1", "chunk:3", "chunk:100"]
 KEEP = {"none": "all", "gates": "cells"}
@@ -79,7 +83,7 @@ def test_lengths_of_narrow_types(backend: str, recompute: str, dtype: torch.dtyp
 
 def test_nothing_is_recomputed_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """On PyTorch's path such a call is nn.LSTM's, not a loop."""
-    from lstm_triton import reference
+    from lstm_triton.reference import layer as reference
 
     monkeypatch.setattr(reference, "ensemble_forward", None)
     module = LSTM(3, 4, 2, recompute="gates")

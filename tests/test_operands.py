@@ -15,13 +15,13 @@ import triton
 from compile_report import INPUTS, Job, compile_job
 from planted import plant
 
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels import listing
 from lstm_triton.kernels.config import Config
 from lstm_triton.kernels.listing import misread_operands
-from lstm_triton.planner import NoPlan, plan
-from lstm_triton.problem import LARGEST_BATCH, PASSES, SMALLEST_BATCH, Problem, bucket_of_hidden_size
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import NoPlan, plan
+from lstm_triton.planning.problem import LARGEST_BATCH, PASSES, SMALLEST_BATCH, Problem, bucket_of_hidden_size
 
 MMA = "#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [4, 1, 1], instrShape = [1, 16, 8]}>"
 DOT = """%a = tt.dot %b, %c, %d, inputPrecision = tf32 : tensor<4x16x{0}xbf16, #ttg.dot_op<{{opIdx = 0, parent = #mma, \

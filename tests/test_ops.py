@@ -7,9 +7,11 @@ import pytest
 import torch
 from layers import INPUTS, Case, backward_of, run_recurrence
 
-from lstm_triton import functional, layer, ops
+from lstm_triton import functional
 from lstm_triton.kernels.config import Config
-from lstm_triton.recipes.interpreter import cooperative
+from lstm_triton.layer import forward as layer
+from lstm_triton.layer import op as ops
+from lstm_triton.testing.interpreter import cooperative
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
 MAILBOX = Config("grid", "mailbox", True, False, 1, 16, 16, 16, 4)

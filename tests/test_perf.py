@@ -20,7 +20,7 @@ import torch
 from rows import Row, RowsError, read_rows, write_rows
 from shapes import SETS, Shape, square
 
-from lstm_triton.recipes.interpreter import cooperative
+from lstm_triton.testing.interpreter import cooperative
 from lstm_triton.tuning.clock import Times
 
 ROOT = Path(__file__).parents[1]
@@ -428,8 +428,8 @@ def test_cold_start_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypa
 
 def test_shapes_are_of_the_region_they_stand_in() -> None:
     """By what PyTorch asks cuDNN for in training on an H100."""
-    from lstm_triton.cudnn import Call, algorithm
-    from lstm_triton.device import KNOWN
+    from lstm_triton.planning.cudnn import Call, algorithm
+    from lstm_triton.planning.device import KNOWN
 
     def of(shape: Shape) -> str:
         sizes = (shape.input_size, shape.hidden_size, shape.batch, shape.layers, shape.directions, shape.torch_dtype)

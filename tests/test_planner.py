@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from lstm_triton.cost import microseconds_per_step, shared_bytes
-from lstm_triton.device import INTERPRETER, KNOWN, Device
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import NoPlan, Plan, fits, plan, refusal
-from lstm_triton.problem import PASSES, Problem, ceil_div
+from lstm_triton.planning.cost import microseconds_per_step, shared_bytes
+from lstm_triton.planning.device import INTERPRETER, KNOWN, Device
+from lstm_triton.planning.planner import NoPlan, Plan, fits, plan, refusal
+from lstm_triton.planning.problem import PASSES, Problem, ceil_div
 
 DEVICES = [
     replace(KNOWN[arch], name="emulated", multiprocessors=count, shared_memory=shared * 1024)

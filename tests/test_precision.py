@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lstm_triton import LSTM, layer, precision
+from lstm_triton import LSTM
 from lstm_triton.kernels import forward
-from lstm_triton.precision import matmul_precision
+from lstm_triton.layer import forward as layer
+from lstm_triton.planning import precision
+from lstm_triton.planning.precision import matmul_precision
 
 VARIANTS = dict(
     plain={}, peephole=dict(peephole=True), layer_norm=dict(layer_norm=True), zoneout=dict(zoneout=(0.2, 0.3)),

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lstm_triton import LSTM, recipes
-from lstm_triton.recipes import command, copy_task, training
+from lstm_triton.recipes import copy_task
+from lstm_triton.recipes.shared import command, training
 
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest sizes that go the whole way, and the files that they leave.

@@ -10,7 +10,7 @@ import pytest
 import soak
 import torch
 
-from lstm_triton.recipes.interpreter import cooperative
+from lstm_triton.testing.interpreter import cooperative
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -9,11 +9,12 @@ import torch
 from layers import Case, assert_as_good_as_torch, by_kernels
 from torch import Tensor
 
-from lstm_triton import LSTM, LSTMCell, explain, layer
-from lstm_triton.device import KNOWN
+from lstm_triton import LSTM, LSTMCell, explain
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import SINGLE_BATCH, plan_single
-from lstm_triton.problem import Problem
+from lstm_triton.layer import forward as layer
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import SINGLE_BATCH, plan_single
+from lstm_triton.planning.problem import Problem
 
 BACKENDS = ["torch", "triton"]
 SINGLE = {

@@ -8,12 +8,12 @@ import pytest
 import step_model
 import torch
 
-from lstm_triton.cost import accumulators, estimate, step_of
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels.compile import compile_pass, report_of
 from lstm_triton.kernels.config import Config
 from lstm_triton.kernels.listing import Loop, copied_tiles, time_loop
-from lstm_triton.problem import Problem
+from lstm_triton.planning.cost import accumulators, estimate, step_of
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.problem import Problem
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -11,9 +11,10 @@ import steps
 import torch
 from rows import Row, read_rows, write_rows
 
-from lstm_triton.cost import microseconds_per_step
-from lstm_triton.device import INTERPRETER, KNOWN
-from lstm_triton.planner import plan
+from lstm_triton.layer import op
+from lstm_triton.planning.cost import microseconds_per_step
+from lstm_triton.planning.device import INTERPRETER, KNOWN
+from lstm_triton.planning.planner import plan
 from lstm_triton.tuning.clock import Times
 from lstm_triton.tuning.search import Scratch
 
@@ -42,7 +43,7 @@ def test_types_that_a_device_refuses_are_left_out() -> None:
 def test_a_step_is_checked_and_timed() -> None:
     """In the interpreter, where the time says nothing; and a result that is wrong gets no time."""
     (job, _) = steps.jobs((16,), (8,), (("float32", "tf32"),), INTERPRETER, 1)
-    scratch = Scratch(job.problem, job.device, torch.device("cpu"))
+    scratch = Scratch(job.problem, job.device, torch.device("cpu"), op.layer)
     times = steps.measure(scratch, job)
     assert isinstance(times, Times)
     assert 0 < times.p20 <= times.median <= times.p80

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels.config import Config
-from lstm_triton.problem import Problem, bucket_of, bucket_of_batch, bucket_of_hidden_size
-from lstm_triton.tuning.store import SHIPPED, file_name, new_table
-from lstm_triton.tuning.table import (
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.problem import Problem, bucket_of, bucket_of_batch, bucket_of_hidden_size
+from lstm_triton.planning.store import SHIPPED, file_name, new_table
+from lstm_triton.planning.table import (
     SOURCES,
     Bout,
     Contest,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton.recipes import pairs, translation
-from lstm_triton.recipes.command import Refused
+from lstm_triton.recipes import translation
+from lstm_triton.recipes.shared import pairs
+from lstm_triton.recipes.shared.command import Refused
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,17 @@ import torch
 from processes import FOREVER, side_by_side
 from test_table import BOUT, CONFIG, H100, PROBLEM, table
 
-from lstm_triton import routing
-from lstm_triton.cudnn import Call
-from lstm_triton.device import INTERPRETER, KNOWN
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import candidates, fits, plan
-from lstm_triton.problem import Problem, bucket_of
-from lstm_triton.tuning import first_call, search, store
+from lstm_triton.layer import op
+from lstm_triton.planning import route as routing
+from lstm_triton.planning import store
+from lstm_triton.planning.cudnn import Call
+from lstm_triton.planning.device import INTERPRETER, KNOWN
+from lstm_triton.planning.planner import candidates, fits, plan
+from lstm_triton.planning.problem import Problem, bucket_of
+from lstm_triton.planning.table import NO_TABLE, Contest, Entry, Table, load
+from lstm_triton.tuning import first_call, search
 from lstm_triton.tuning.search import search as search_configs
-from lstm_triton.tuning.table import NO_TABLE, Contest, Entry, Table, load
 
 CPU = torch.device("cpu")
 TINY = Problem("forward", 16, 2, 1, "float32", "ieee")
@@ -159,8 +161,8 @@ def test_a_foreign_table_is_left_alone_by_tuning(caplog) -> None:
 RANK = f"""
 import datetime, os, sys
 import torch.distributed as dist
-from lstm_triton.device import KNOWN
-from lstm_triton.tuning import store
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning import store
 rank, forever = int(sys.argv[1]), datetime.timedelta(seconds={FOREVER})
 os.environ["LSTM_TRITON_CACHE_DIR"] = sys.argv[3]
 meeting = dist.FileStore(sys.argv[2], 2)
@@ -192,7 +194,7 @@ def test_all_ranks_use_one_table(tmp_path: Path) -> None:
 
 def test_the_search_measures_every_admissible_config() -> None:
     told = []
-    entry = search_configs(TINY, INTERPRETER, CPU, math.inf, tell=told.append)
+    entry = search_configs(TINY, INTERPRETER, CPU, op.layer, math.inf, tell=told.append)
     assert entry.complete
     assert len(entry.measured) == len(told) == 4
     assert entry.measured[entry.config.encode()] == min(entry.measured.values())
@@ -212,7 +214,7 @@ def test_a_config_that_is_wrong_or_fails_is_left_out(which: str, monkeypatch: py
         return real(self, config)
 
     monkeypatch.setattr(search.Scratch, "_by_kernels", sabotaged)
-    entry = search_configs(problem, INTERPRETER, CPU, math.inf)
+    entry = search_configs(problem, INTERPRETER, CPU, op.layer, math.inf)
     assert entry.config.block_b in (8, 64)
     results = {Config.decode(key).block_b: value for key, value in entry.measured.items()}
     assert results[16].startswith("wrong: result 0 has an rms error of")
@@ -222,23 +224,23 @@ def test_a_config_that_is_wrong_or_fails_is_left_out(which: str, monkeypatch: py
 
 def test_nothing_measured_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.Scratch, "complaint", lambda self, config: "no")
-    assert search_configs(TINY, INTERPRETER, CPU, math.inf) is None
+    assert search_configs(TINY, INTERPRETER, CPU, op.layer, math.inf) is None
 
 
 @pytest.mark.parametrize(("deadline", "done"), [(-math.inf, 1), (3, 3)])
 def test_the_search_stops_at_its_deadline_and_goes_on_from_there(deadline: float, done: int, clock_of_configs) -> None:
-    first = search_configs(TINY, INTERPRETER, CPU, deadline)
+    first = search_configs(TINY, INTERPRETER, CPU, op.layer, deadline)
     assert len(first.measured) == done, "one config is measured however late it is"
     assert not first.complete
     told = []
-    whole = search_configs(TINY, INTERPRETER, CPU, math.inf, known=first, tell=told.append)
+    whole = search_configs(TINY, INTERPRETER, CPU, op.layer, math.inf, known=first, tell=told.append)
     assert whole.complete
     assert len(told) == 4 - done
     assert first.measured.items() <= whole.measured.items()
 
 
 def test_no_tensor_but_scratch_is_touched() -> None:
-    scratch = search.Scratch(TINY, INTERPRETER, CPU)
+    scratch = search.Scratch(TINY, INTERPRETER, CPU, op.layer)
     before = [t.clone() for t in (scratch.projected, scratch.w_hh, scratch.x, scratch.w_ih)]
     config = next(candidates(TINY, INTERPRETER))
     assert scratch.complaint(config) == ""
@@ -249,26 +251,27 @@ def test_no_tensor_but_scratch_is_touched() -> None:
 
 def test_tuning_at_the_first_call(own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(store, "active_table", lambda device: store.read(store.user_path(device), device))
-    first_call.tune(TINY, INTERPRETER, CPU)
+    first_call.tune(TINY, INTERPRETER, CPU, op.layer)
     written = load(store.user_path(INTERPRETER))
     assert list(written.entries) == [bucket_of(TINY)]
     monkeypatch.setattr(first_call, "search", None)  # neither tried nor known again
     caplog.clear()
-    first_call.tune(replace(TINY, batch=7), INTERPRETER, CPU)
+    first_call.tune(replace(TINY, batch=7), INTERPRETER, CPU, op.layer)
     first_call._TRIED.clear()
-    first_call.tune(TINY, INTERPRETER, CPU)
+    first_call.tune(TINY, INTERPRETER, CPU, op.layer)
     assert not caplog.records  # a search that fails is logged, and no error
 
 
 def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a custom operator runs nothing records gradients, and the search needs them: both passes of a module."""
-    from lstm_triton import LSTM, layer
+    from lstm_triton import LSTM
+    from lstm_triton.layer import choice as layer
 
     tuned = []
     real = layer.plan_for
 
     def tune_and_plan(problem, device):
-        first_call.tune(problem, device, CPU)
+        first_call.tune(problem, device, CPU, op.layer)
         tuned.append(problem.which)
         return real(problem, device)
 
@@ -280,17 +283,14 @@ def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {bucket.which for bucket in load(store.user_path(INTERPRETER)).entries} == {"forward", "backward"}
 
 
-def test_what_forward_saves_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.ops.lstm_triton.layer
-
+def test_what_forward_saves_is_checked() -> None:
     def forgetful(*arguments):
-        out, h_n, c_n, gates, cells = real(*arguments)
+        out, h_n, c_n, gates, cells, stats = op.layer(*arguments)
         with torch.no_grad():
             cells.fill_(float("nan"))
-        return out, h_n, c_n, gates, cells
+        return out, h_n, c_n, gates, cells, stats
 
-    monkeypatch.setattr(torch.ops.lstm_triton, "layer", forgetful)
-    assert search_configs(TINY, INTERPRETER, CPU, math.inf) is None
+    assert search_configs(TINY, INTERPRETER, CPU, forgetful, math.inf) is None
 
 
 def test_a_compiler_that_dies_takes_one_config_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_a_compiler_that_dies_takes_one_config_with_it(monkeypatch: pytest.Monke
             pass
 
     monkeypatch.setattr(search, "ProcessPoolExecutor", Single)
-    entry = search_configs(TINY, INTERPRETER, CPU, math.inf, pool=Pool())
+    entry = search_configs(TINY, INTERPRETER, CPU, op.layer, math.inf, pool=Pool())
     assert [value for value in entry.measured.values() if isinstance(value, str)] == ["the compiler ended its process"]
     assert len(entry.measured) == 4
 
@@ -376,8 +376,8 @@ def test_candidates_are_compiled_ahead_and_spills_left_out() -> None:
     spills = Config("grid", "mailbox", True, True, 1, 64, 16, 256, 4, max_batch_tiles=4)
     code = (
         "from lstm_triton.kernels.config import Config\n"
-        "from lstm_triton.device import KNOWN\n"
-        "from lstm_triton.problem import Problem\n"
+        "from lstm_triton.planning.device import KNOWN\n"
+        "from lstm_triton.planning.problem import Problem\n"
         "from lstm_triton.tuning.search import _complaint\n"
         f"problem = Problem('forward', 512, 64, 1, 'bfloat16', 'tf32')\n"
         f"for text in ({spills.encode()!r}, {CONFIG.encode()!r}):\n"
@@ -393,7 +393,7 @@ def test_candidates_are_compiled_ahead_and_spills_left_out() -> None:
 def test_a_complaint_of_the_pool_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_complaint", lambda config, *rest: "spills" if config.block_b == 16 else "")
     with ThreadPoolExecutor(1) as pool:
-        entry = search_configs(TINY, INTERPRETER, CPU, math.inf, pool=pool)
+        entry = search_configs(TINY, INTERPRETER, CPU, op.layer, math.inf, pool=pool)
     assert [value for value in entry.measured.values() if isinstance(value, str)] == ["spills"]
 
 
@@ -413,4 +413,4 @@ def test_the_sets_of_an_ensemble_are_no_directions() -> None:
 
     problem = replace(TINY, directions=3)
     found = plan(problem, INTERPRETER)
-    assert not Scratch(problem, INTERPRETER, CPU).complaint(found.config)
+    assert not Scratch(problem, INTERPRETER, CPU, op.layer).complaint(found.config)

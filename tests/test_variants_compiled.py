@@ -13,13 +13,13 @@ import torch
 from layers import backward_of
 from planted import plant, prune
 
-from lstm_triton.device import KNOWN
 from lstm_triton.kernels import activate, backward, forward, masks
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels.config import Cell, Config, Layout, chance
 from lstm_triton.kernels.extras import Extras
-from lstm_triton.planner import plan
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import plan
+from lstm_triton.planning.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
 REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"

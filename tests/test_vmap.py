@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lstm_triton import LSTM, batching, layer
-from lstm_triton.device import KNOWN
+from lstm_triton import LSTM
+from lstm_triton.layer import forward as layer
+from lstm_triton.layer import vmap as batching
+from lstm_triton.planning.device import KNOWN
 
 BACKENDS = ["torch", "triton"]
 MEMBERS = 3
