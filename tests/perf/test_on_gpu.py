@@ -17,7 +17,7 @@ import pytest
 import ready
 from rows import read_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "perf/on_gpu.sh"
 
 

@@ -22,7 +22,7 @@ from lstm_triton.planning.planner import plan
 from lstm_triton.planning.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
-REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
+REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
 
 # What the arguments of the variants are for the plain cell.
 OFF = dict.fromkeys(

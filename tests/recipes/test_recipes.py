@@ -16,7 +16,7 @@ from lstm_triton import LSTM, recipes
 from lstm_triton.recipes import copy_task
 from lstm_triton.recipes.shared import command, training
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # The smallest sizes that go the whole way, and the files that they leave.
 TINY = {
     "char_lm": (["--steps", "3", "--sample", "5", "--hidden-size", "8"], {"best.pt", "loss.png", "sample.txt"}),

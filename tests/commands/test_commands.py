@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_table import table
+from planning.test_table import table
 
 from lstm_triton.__main__ import main
 from lstm_triton.commands import tune
 from lstm_triton.planning.settings import VARIABLES
 from lstm_triton.planning.table import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from lstm_triton.tuning import clock, search
 
     monkeypatch.setattr(search, "REPEAT", 1)
-    monkeypatch.setattr(clock, "WARM_UP", 0)  # read when a call is timed, see tests/test_clock.py
+    monkeypatch.setattr(clock, "WARM_UP", 0)  # read when a call is timed, see tests/tuning/test_clock.py
 
 
 def test_tune_writes_a_table_and_goes_on_from_it(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture) -> None:

@@ -26,7 +26,7 @@ from lstm_triton.planning.planner import plan, plan_single
 from lstm_triton.planning.problem import PASSES, Problem
 
 pytestmark = pytest.mark.aot
-REPORT = Path(__file__).parents[1] / "perf" / "compile_report.py"
+REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
 OTHER_TYPES = ("bfloat16", "float32-tf32", "float32-tf32x3", "float32-ieee")
 
 

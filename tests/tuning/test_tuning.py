@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from planning.test_table import BOUT, CONFIG, H100, PROBLEM, table
 from processes import FOREVER, side_by_side
-from test_table import BOUT, CONFIG, H100, PROBLEM, table
 
 from lstm_triton.kernels.config import Config
 from lstm_triton.layer import op

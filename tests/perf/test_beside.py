@@ -9,7 +9,7 @@ import beside
 import pytest
 from rows import read_rows, write_rows
 
-RECORDED = Path(__file__).parents[1] / "perf/results/cpu-amd-epyc/rows.csv"
+RECORDED = Path(__file__).parents[2] / "perf/results/cpu-amd-epyc/rows.csv"
 
 
 @pytest.fixture(scope="module")

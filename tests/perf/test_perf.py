@@ -23,7 +23,7 @@ from shapes import SETS, Shape, square
 from lstm_triton.testing.interpreter import cooperative
 from lstm_triton.tuning.clock import Times
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PERF = ROOT / "perf"
 CPU = torch.device("cpu")
 TINY = square("tiny", 8, 2, 3, "float32-ieee")
