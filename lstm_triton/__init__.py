@@ -5,11 +5,11 @@ from lstm_triton import LSTM  # in place of torch.nn.LSTM
 
 from . import convert, diagnostics, functional, init
 from ._version import __version__
-from .cell import LSTMCell
 from .explain import explain
-from .exporting import decompositions
-from .module import LSTM
-from .patching import patch, unpatch
+from .layer.export import decompositions
+from .modules.cell import LSTMCell
+from .modules.lstm import LSTM
+from .modules.patching import patch, unpatch
 
 __all__ = [
     "LSTM",

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from . import doctor
-from .cudnn import Call
-from .device import KNOWN, gpu_here
+from .commands import doctor, tune
 from .explain import explain_call
 from .kernels.config import PRECISIONS
-from .precision import resolve_precision
-from .problem import ELEMENT_SIZE
-from .routing import BACKENDS, kernel_device
-from .tuning import tune
+from .planning.cudnn import Call
+from .planning.device import KNOWN, gpu_here
+from .planning.precision import resolve_precision
+from .planning.problem import ELEMENT_SIZE
+from .planning.route import BACKENDS, kernel_device
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cell import LSTMCell
-from .cost import Work, microseconds_per_step, work_per_step
-from .cudnn import Algorithm, Call, algorithm
-from .device import Device
 from .kernels.config import Config
-from .module import LSTM
-from .planner import NoPlan, Plan, plan_single
-from .precision import resolve_precision
-from .problem import INVARIANT_BATCH, PASSES, Problem
-from .routing import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
-from .settings import strict
+from .modules.cell import LSTMCell
+from .modules.lstm import LSTM
+from .planning.cost import Work, microseconds_per_step, work_per_step
+from .planning.cudnn import Algorithm, Call, algorithm
+from .planning.device import Device
+from .planning.planner import NoPlan, Plan, plan_single
+from .planning.precision import resolve_precision
+from .planning.problem import INVARIANT_BATCH, PASSES, Problem
+from .planning.route import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
+from .planning.settings import strict
 
 
 @dataclass(frozen=True)

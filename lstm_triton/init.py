@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .module import LSTM
+from .modules.lstm import LSTM
 
 Module = TypeVar("Module", bound=nn.Module)
 

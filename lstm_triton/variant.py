@@ -17,7 +17,7 @@ PEEPHOLES = "ifo"
 
 @dataclass(frozen=True)
 class Variant:
-    """What an LSTM computes beyond the plain cell; `equations.py` has the formulas, with their sources.
+    """What an LSTM computes beyond the plain cell; `reference/cell.py` has the formulas, with their sources.
 
     Args:
         peephole: True, or the gates among "ifo" that see the cell state. Weights: weight_ch, H for each of them in

@@ -27,11 +27,11 @@ from host_overhead import HIDDEN as HIDDEN_OF_HOST
 from shapes import SETS
 from tqdm import tqdm
 
-from lstm_triton.device import KNOWN, Device, device_of
 from lstm_triton.kernels.compile import compile_pass
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import NoPlan, plan
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.planning.device import KNOWN, Device, device_of
+from lstm_triton.planning.planner import NoPlan, plan
+from lstm_triton.planning.problem import PASSES, Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import test_gpu

@@ -17,7 +17,7 @@ from figures import BASELINE, PASS, Rows, geometric_mean, providers_in, speedups
 from matplotlib.figure import Figure
 from rows import RowsError, read_rows
 
-from lstm_triton.recipes.command import write_atomically
+from lstm_triton.recipes.shared.command import write_atomically
 
 
 def common(recorded: Rows, here: Rows, provider: str, mode: str) -> list[tuple[float, float]]:

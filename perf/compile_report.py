@@ -6,7 +6,7 @@
                                                    the same with all optional inputs, only as far as layouts
     python perf/compile_report.py --arch sm_90 --hidden-size 1024 --dtype bfloat16 --batch 16
     python perf/compile_report.py --variant every  the default plans of every variant of the cell
-    python perf/compile_report.py --predict        what a step should cost by the model of lstm_triton/cost.py
+    python perf/compile_report.py --predict        what a step should cost by the model of lstm_triton/planning/cost.py
 
 Prints registers, spills, shared memory, matrix instructions and the machine instructions in the
 time loop of every config, with a state only and with marks (see INPUTS), and exits with status 1 if one that a plan
@@ -29,12 +29,12 @@ import torch
 from step_model import predict
 from tqdm import tqdm
 
-from lstm_triton.cost import MACHINES, Step
-from lstm_triton.device import KNOWN, Device
 from lstm_triton.kernels.compile import Report, compile_pass, report_of
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import NoPlan, candidates, plan, refusal
-from lstm_triton.problem import PASSES, Problem, bucket_of_batch
+from lstm_triton.planning.cost import MACHINES, Step
+from lstm_triton.planning.device import KNOWN, Device
+from lstm_triton.planning.planner import NoPlan, candidates, plan, refusal
+from lstm_triton.planning.problem import PASSES, Problem, bucket_of_batch
 from lstm_triton.variant import Variant
 
 HIDDEN_SIZES = (20, 64, 128, 256, 512, 650, 1024, 2048)

@@ -1,4 +1,4 @@
-"""Fits `lstm_triton.cost.FITTED` to compiled kernels: what instructions a step spends on what a config has.
+"""Fits `lstm_triton.planning.cost.FITTED` to compiled kernels: what instructions a step spends on what a config has.
 
     python perf/fit_counts.py --sample 400 --seed 0
 
@@ -18,10 +18,10 @@ from compile_report import Job, Row, compile_job
 from step_model import counts_of
 from tqdm import tqdm
 
-from lstm_triton.cost import COUNTED_FROM, features
-from lstm_triton.device import KNOWN
-from lstm_triton.planner import admissible
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.planning.cost import COUNTED_FROM, features
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import admissible
+from lstm_triton.planning.problem import PASSES, Problem
 
 ARCHS = ("sm_80", "sm_90", "sm_90", "sm_100", "sm_120")  # twice what the goals are for
 HIDDEN_SIZES = (32, 64, 128, 256, 384, 512, 650, 768, 1024, 1536, 2048)

@@ -19,9 +19,11 @@ import torch
 import triton
 from torch import nn
 
-from lstm_triton import LSTM, eager, layer, routing
-from lstm_triton.device import KNOWN
+from lstm_triton import LSTM
 from lstm_triton.kernels.compile import compiling_for
+from lstm_triton.layer import choice, eager
+from lstm_triton.planning import route
+from lstm_triton.planning.device import KNOWN
 
 CALLS, WARM_UP = 300, 20
 INPUTS, HIDDEN = 8, 16
@@ -43,7 +45,7 @@ def without_launches(arch: str) -> Iterator[None]:
     real = triton.runtime.JITFunction.run
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiling_for(arch))
-        for module in (routing, layer):
+        for module in (route, choice):
             stack.enter_context(replaced(module, "kernel_device", lambda device: KNOWN[arch]))
 
         def look_up(self, *arguments, grid, warmup, **options):

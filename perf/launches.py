@@ -17,12 +17,12 @@ import torch
 from rows import needs_gpu
 from torch import Tensor, nn
 
-from lstm_triton.cost import microseconds_per_step
-from lstm_triton.device import Device, device_of
 from lstm_triton.functional import lstm
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import candidates
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.planning.cost import microseconds_per_step
+from lstm_triton.planning.device import Device, device_of
+from lstm_triton.planning.planner import candidates
+from lstm_triton.planning.problem import PASSES, Problem
 
 INPUTS, HIDDEN, BATCH, STEPS = 32, 64, 20, 6
 # By placement and protocol: the type of its launch. What waits for nobody comes first.

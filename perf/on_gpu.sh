@@ -12,7 +12,7 @@
 #   steps      the four configs of every problem that the planner likes most, beside their predictions
 #   open       sweep of the region "open" (and so on: home, small, users, scaling)
 #   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
-#              mkdir -p lstm_triton/tuning/shipped && cp FOLDER/tables/*.json lstm_triton/tuning/shipped/
+#              mkdir -p lstm_triton/planning/shipped && cp FOLDER/tables/*.json lstm_triton/planning/shipped/
 #   peers      the loops of tutorials, and flashrnn and torchrl where installed
 #   soak       10,000 launches on two streams
 #   sanitizer  compute-sanitizer's memcheck and racecheck on gpu tests of single launches

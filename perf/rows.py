@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from lstm_triton.doctor import driver_version
+from lstm_triton.commands.doctor import driver_version
 from lstm_triton.tuning.clock import Times
 
 

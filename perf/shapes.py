@@ -1,6 +1,6 @@
 """The shapes that are measured, in named sets.
 
-The regions follow what PyTorch asks cuDNN for (`lstm_triton.cudnn`): "small" its small persistent
+The regions follow what PyTorch asks cuDNN for (`lstm_triton.planning.cudnn`): "small" its small persistent
 kernel, "home" its large one, "open" the standard algorithm. "users" are shapes that people run, with
 where; the "scaling" sets vary one size; "scratch" is for the LSTMs of tutorials, next to nn.LSTM.
 """

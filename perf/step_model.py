@@ -1,4 +1,4 @@
-"""What a step should cost by the terms of `lstm_triton.cost`, counted in the binary and not estimated from the plan."""
+"""What a step should cost by the terms of `planning.cost`, counted in the binary and not estimated from the plan."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 
-from lstm_triton.cost import CHAIN_CYCLES, WIDE_CYCLES, Counts, Step, accumulators, step_of
-from lstm_triton.device import Device
 from lstm_triton.kernels.config import Config
 from lstm_triton.kernels.listing import MATRIX, Loop
-from lstm_triton.problem import Problem, ceil_div
+from lstm_triton.planning.cost import CHAIN_CYCLES, WIDE_CYCLES, Counts, Step, accumulators, step_of
+from lstm_triton.planning.device import Device
+from lstm_triton.planning.problem import Problem, ceil_div
 
 THREADS = 32  # of a warp
 

@@ -29,10 +29,11 @@ from compile_report import TYPES, Job, compile_job
 from rows import Row, bound_said, digits, host_bound, needs_gpu, provenance, start, write_rows
 from tqdm import tqdm
 
-from lstm_triton.cost import Step, microseconds_per_step
-from lstm_triton.device import Device, device_of
-from lstm_triton.planner import admissible, refusal
-from lstm_triton.problem import PASSES, Problem
+from lstm_triton.layer import op
+from lstm_triton.planning.cost import Step, microseconds_per_step
+from lstm_triton.planning.device import Device, device_of
+from lstm_triton.planning.planner import admissible, refusal
+from lstm_triton.planning.problem import PASSES, Problem
 from lstm_triton.tuning.clock import Times
 from lstm_triton.tuning.search import Scratch
 
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job, report in tqdm(zip(work, compiled), total=len(work), unit="config", disable=None):
             if scratch is None or scratch.problem != job.problem:
                 scratch = None  # before there is another
-                scratch = Scratch(job.problem, job.device, where)
+                scratch = Scratch(job.problem, job.device, where, op.layer)
             measured = measure(scratch, job) if report.ok else _complaint(report)
             new = rows_of(job, scratch.layout.seq_len, report.step(), measured, source)
             rows += new

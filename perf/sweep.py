@@ -32,11 +32,11 @@ from shapes import SETS, Shape
 from tqdm import tqdm
 
 from lstm_triton import LSTM, explain
-from lstm_triton.device import Device, device_of
 from lstm_triton.kernels.compile import compile_pass
-from lstm_triton.planner import NoPlan
-from lstm_triton.problem import PASSES, Problem
-from lstm_triton.routing import plan_for
+from lstm_triton.planning.device import Device, device_of
+from lstm_triton.planning.planner import NoPlan
+from lstm_triton.planning.problem import PASSES, Problem
+from lstm_triton.planning.route import plan_for
 from lstm_triton.tuning.clock import Times
 
 MODES = ("forward", "train", "step", "memory", "cold")

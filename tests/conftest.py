@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from lstm_triton.recipes import interpreter
+        from lstm_triton.testing import interpreter
 
         interpreter.patch_language_once()
         interpreter.repair_bf16()

@@ -41,7 +41,7 @@ class Engine:
             from machine.faults import Fault
 
             return Fault
-        from lstm_triton.recipes.interpreter import Deadlock
+        from lstm_triton.testing.interpreter import Deadlock
 
         return Deadlock
 
@@ -62,7 +62,7 @@ class Engine:
             with running(Machine(self.name, adversaries(seed), edit=edit)) as machine:
                 yield machine
         else:
-            from lstm_triton.recipes.interpreter import cooperative
+            from lstm_triton.testing.interpreter import cooperative
 
             with cooperative(seed, patience) as scheduler:
                 yield scheduler

@@ -19,15 +19,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lstm_triton import LSTM, adjoint, layer, reference
-from lstm_triton.adjoint import operand_of, product_of
-from lstm_triton.equations import Variants
+from lstm_triton import LSTM
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
-from lstm_triton.layer import DIFFERENTIABLE as INPUTS
-from lstm_triton.layer import WEIGHTS, Inputs, Options, marks_of, projected_input, variants_of
-from lstm_triton.planner import Plan
+from lstm_triton.layer import backward as adjoint
+from lstm_triton.layer import forward as layer
+from lstm_triton.layer.backward import operand_of, product_of
+from lstm_triton.layer.forward import marks_of, projected_input, variants_of
+from lstm_triton.layer.records import DIFFERENTIABLE as INPUTS
+from lstm_triton.layer.records import WEIGHTS, Inputs, Options
+from lstm_triton.planning.planner import Plan
+from lstm_triton.reference import layer as reference
+from lstm_triton.reference.cell import Variants
 
 DRAWS = 16
 OUTPUTS = ("out", "h_n", "c_n")

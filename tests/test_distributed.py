@@ -122,7 +122,7 @@ def by_fsdp(backend: str, marks: dict[str, Tensor], rank: int) -> Outcome:
 
 def main(rank: int, backend: str, folder: Path) -> None:
     """One of two processes: all cases, the outcomes to a file."""
-    from lstm_triton.recipes import interpreter
+    from lstm_triton.testing import interpreter
 
     torch.set_num_threads(1)
     interpreter.patch_language_once()

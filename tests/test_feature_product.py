@@ -2,7 +2,7 @@
 
 Each runs on PyTorch's path, and every fourth through the kernels as well.
 
-The truth is `reference.py` in fp64, step by step. A draw may be off by what rounding explains (a wrong index or a
+The truth is `reference/layer.py` in fp64, step by step. A draw may be off by what rounding explains (a wrong index or a
 missing mark is off by far more), so that hypothesis can shrink it; over all draws of a test the largest error of
 ours may be at most twice the largest of plain PyTorch in fp32.
 """
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lstm_triton import functional
-from lstm_triton.validation import Sizes
+from lstm_triton.functional.checks import Sizes
 from lstm_triton.variant import Variant
 
 DRAWS = 2000

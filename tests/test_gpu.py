@@ -15,15 +15,17 @@ import triton.language as tl
 from layers import assert_like, use_configs, with_exact_products
 from torch import nn
 
-from lstm_triton import LSTM, LSTMCell, comparison, explain
-from lstm_triton.device import Device, device_of
-from lstm_triton.doctor import self_check
+from lstm_triton import LSTM, LSTMCell, explain
+from lstm_triton.commands import contest
+from lstm_triton.commands.doctor import self_check
 from lstm_triton.kernels.config import Config
-from lstm_triton.planner import candidates, plan
-from lstm_triton.problem import PASSES, Problem
-from lstm_triton.tuning import contest, store
+from lstm_triton.layer import comparison, op
+from lstm_triton.planning import store
+from lstm_triton.planning.device import Device, device_of
+from lstm_triton.planning.planner import candidates, plan
+from lstm_triton.planning.problem import PASSES, Problem
+from lstm_triton.planning.table import Contest
 from lstm_triton.tuning.search import search
-from lstm_triton.tuning.table import Contest
 
 pytestmark = pytest.mark.gpu
 
@@ -251,12 +253,12 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path: Path) -> None:
     """Compiling for this GPU by name fills Triton's cache with the binary that the launch then loads."""
     code = """
 import os, pathlib, torch
-from lstm_triton.device import device_of
+from lstm_triton.planning.device import device_of
 from lstm_triton.kernels.compile import compile_pass
 from lstm_triton.kernels.config import Layout
 from lstm_triton.kernels.forward import lstm_forward
-from lstm_triton.planner import plan
-from lstm_triton.problem import Problem
+from lstm_triton.planning.planner import plan
+from lstm_triton.planning.problem import Problem
 where = torch.device("cuda")
 device = device_of(where)
 config = plan(Problem("forward", 512, 32, 1, "bfloat16", "tf32"), device).config
@@ -278,7 +280,7 @@ print("binaries", len(list(found)))
 def test_the_search_finds_a_config_that_is_right(which: str, clock_of_configs) -> None:
     """Of the twelve whose estimates are best."""
     device, where = device_of(torch.device("cuda")), torch.device("cuda")
-    entry = search(Problem(which, 128, 16, 1, "bfloat16", "tf32"), device, where, deadline=12)
+    entry = search(Problem(which, 128, 16, 1, "bfloat16", "tf32"), device, where, op.layer, deadline=12)
     assert entry is not None
     failed = {key: value for key, value in entry.measured.items() if isinstance(value, str)}
     assert not failed, failed

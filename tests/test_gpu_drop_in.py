@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layer.test_memory import KEEP, kept_bytes
 from layers import Case, assert_like, with_exact_products
-from test_memory import KEEP, kept_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 

@@ -26,7 +26,7 @@ def test_the_code_runs() -> None:
 
 
 def test_every_proof_is_a_test() -> None:
-    links = re.findall(r"\((tests/\w+\.py)(?:#(\w+))?\)", PAGE)
+    links = re.findall(r"\((tests/[\w/]+\.py)(?:#(\w+))?\)", PAGE)
     assert len(links) > 30
     for path, name in links:
         source = (ROOT / path).read_text()

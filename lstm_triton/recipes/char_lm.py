@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import LSTM, explain
-from .command import Parser, number, ready, require_memory, run, whole, write_atomically
-from .drawing import save
-from .kernel_check import largest_differences
-from .text import Corpus, batches, default_text, read_text
-from .training import Curve, evaluation, fit, save_checkpoint
+from .shared.command import Parser, number, ready, require_memory, run, whole, write_atomically
+from .shared.drawing import save
+from .shared.kernel_check import largest_differences
+from .shared.text import Corpus, batches, default_text, read_text
+from .shared.training import Curve, evaluation, fit, save_checkpoint
 
 State = tuple[Tensor, Tensor]
 

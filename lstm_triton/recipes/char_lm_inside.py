@@ -25,10 +25,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..diagnostics.drawing import BLUE, RED, panels
 from .char_lm import CharLM, generate, load
-from .command import Parser, Refused, number, ready, run, whole, write_atomically
-from .drawing import BLUE, RED, heat, panels, save, visible
-from .text import Corpus, default_text, read_text
+from .shared.command import Parser, Refused, number, ready, run, whole, write_atomically
+from .shared.drawing import heat, save, visible
+from .shared.text import Corpus, default_text, read_text
 
 # What torch.load raises for the many kinds of files that are none of its own, and a dictionary of something else.
 UNREADABLE = (pickle.UnpicklingError, struct.error, RuntimeError, LookupError, TypeError, ValueError, AttributeError,

@@ -31,10 +31,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import LSTM
-from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, GREEN, ORANGE, RED, canvas, heat, panels, save
-from .tables import read_columns
-from .training import Curve, evaluation, fit, save_checkpoint
+from ..diagnostics.drawing import BLUE, GREEN, ORANGE, RED, canvas, panels
+from .shared.command import Parser, Refused, number, ready, require_memory, run, save_table, whole
+from .shared.drawing import heat, save
+from .shared.tables import read_columns
+from .shared.training import Curve, evaluation, fit, save_checkpoint
 
 WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 PAD, UNKNOWN = 0, 1

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import LSTM, LSTMCell, functional, init
-from .command import Parser, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, RED, canvas, save
-from .training import Curve, fit
+from ..diagnostics.drawing import BLUE, RED, canvas
+from .shared.command import Parser, number, ready, require_memory, run, save_table, whole
+from .shared.drawing import save
+from .shared.training import Curve, fit
 
 KINDS = {"rnn": ("plain RNN", RED), "lstm": ("LSTM", BLUE)}
 CHANCE = 0.5  # of a bit

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from .. import LSTM, init
 from ..diagnostics import Finding, Seen, of_losses, watch
-from .command import Parser, ready, run, save_table, whole
-from .drawing import panels, save
-from .inside import inside_figure
+from ..diagnostics.drawing import panels
+from ..diagnostics.figure import inside_figure
+from .shared.command import Parser, ready, run, save_table, whole
+from .shared.drawing import save
 
 
 class Averager(nn.Module):

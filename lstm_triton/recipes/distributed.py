@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import LSTM
-from .command import Parser, ready, run, whole
-from .training import fit, save_checkpoint
+from .shared.command import Parser, ready, run, whole
+from .shared.training import fit, save_checkpoint
 
 BASELINE = 1 / 6  # the mean squared error of always answering 1: twice the variance of a uniform number
 

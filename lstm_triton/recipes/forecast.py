@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import LSTM
-from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, GREY, ORANGE, canvas, panels, save
-from .tables import numbers
-from .training import Curve, evaluation, fit, save_checkpoint
+from ..diagnostics.drawing import BLUE, GREY, ORANGE, canvas, panels
+from .shared.command import Parser, Refused, number, ready, require_memory, run, save_table, whole
+from .shared.drawing import save
+from .shared.tables import numbers
+from .shared.training import Curve, evaluation, fit, save_checkpoint
 
 
 class Series(NamedTuple):

@@ -20,8 +20,9 @@ from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, nn
 
 from .. import LSTM
-from .command import Parser, ready, run, whole
-from .drawing import BLUE, GATES, heat, panels, save
+from ..diagnostics.drawing import BLUE, GATES, panels
+from .shared.command import Parser, ready, run, whole
+from .shared.drawing import heat, save
 
 State = tuple[Tensor, Tensor]
 GATE_ORDER = "ifgo"  # PyTorch's

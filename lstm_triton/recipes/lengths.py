@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from .. import LSTM
-from .command import Parser, Refused, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, RED, panels, save
+from ..diagnostics.drawing import BLUE, RED, panels
+from .shared.command import Parser, Refused, ready, require_memory, run, save_table, whole
+from .shared.drawing import save
 
 Rows = list[Tensor]
 

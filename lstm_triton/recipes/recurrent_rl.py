@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import LSTM
-from .command import Parser, number, ready, require_memory, run, save_table, whole
-from .drawing import BLUE, RED, canvas, save
-from .training import descend, finite, save_checkpoint
+from ..diagnostics.drawing import BLUE, RED, canvas
+from .shared.command import Parser, number, ready, require_memory, run, save_table, whole
+from .shared.drawing import save
+from .shared.training import descend, finite, save_checkpoint
 
 State = tuple[Tensor, Tensor]
 FORWARD, LEFT, RIGHT = range(3)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import LSTM
-from .command import Parser, Refused, number, ready, require_memory, run, save_table, whole
-from .drawing import heat, panels, save, shorten, visible
-from .pairs import END, PAD, START, UNITS, Pair, Vocabulary, generated, read_pairs
-from .training import Curve, evaluation, fit, save_checkpoint
+from ..diagnostics.drawing import panels
+from .shared.command import Parser, Refused, number, ready, require_memory, run, save_table, whole
+from .shared.drawing import heat, save, shorten, visible
+from .shared.pairs import END, PAD, START, UNITS, Pair, Vocabulary, generated, read_pairs
+from .shared.training import Curve, evaluation, fit, save_checkpoint
 
 State = tuple[Tensor, Tensor]
 

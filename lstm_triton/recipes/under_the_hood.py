@@ -24,14 +24,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import functional
-from ..cost import shared_bytes
-from ..device import KNOWN
+from ..diagnostics.drawing import BLUE, ORANGE, canvas, panels
 from ..kernels.config import Config
-from ..planner import NoPlan, plan
-from ..problem import Problem, ceil_div
-from .command import Parser, Refused, ready, run, whole
-from .drawing import BLUE, ORANGE, canvas, panels, save
-from .interpreter import cooperative
+from ..planning.cost import shared_bytes
+from ..planning.device import KNOWN
+from ..planning.planner import NoPlan, plan
+from ..planning.problem import Problem, ceil_div
+from ..testing.interpreter import cooperative
+from .shared.command import Parser, Refused, ready, run, whole
+from .shared.drawing import save
 
 MODULE = "lstm_triton.recipes.under_the_hood"
 # What a program does when it hands over to another.

@@ -1,1 +1,1 @@
-"""Tuned tables: what they hold (table), where they come from (store), how they are made (search)."""
+"""Which config is the fastest? Those of a problem are run and timed (search), now or at a first call."""

@@ -8,19 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..device import Device, is_capturing
-from ..planner import NoPlan, plan
-from ..problem import Bucket, Problem, bucket_of
-from . import store
-from .search import search
+from ..planning import store
+from ..planning.device import Device, is_capturing
+from ..planning.planner import NoPlan, plan
+from ..planning.problem import Bucket, Problem, bucket_of
+from .search import RunLayer, search
 
 SECONDS = 20.0  # for one pass of one bucket
 _TRIED: set[tuple[Device, Bucket]] = set()
 logger = logging.getLogger("lstm_triton")
 
 
-def tune(problem: Problem, device: Device, where: torch.device) -> None:
-    """Tune once per process and bucket, and keep the result in the user's table."""
+def tune(problem: Problem, device: Device, where: torch.device, layer: RunLayer) -> None:
+    """Tune once per process and bucket, and keep the result in the user's table; `layer` as in `search`."""
     bucket = bucket_of(problem)
     if (device, bucket) in _TRIED or bucket in store.active_table(device).entries:
         return
@@ -36,7 +36,7 @@ def tune(problem: Problem, device: Device, where: torch.device) -> None:
     # In a thread of its own: inside an operator, where this is called, nothing records gradients.
     with ThreadPoolExecutor(1) as thread:
         try:
-            entry = thread.submit(search, problem, device, where, time.monotonic() + SECONDS).result()
+            entry = thread.submit(search, problem, device, where, layer, time.monotonic() + SECONDS).result()
         except Exception as error:  # the call itself must go on, by the heuristic's plan
             logger.warning("tuning failed, the heuristic's plan is used: %s: %s", type(error).__name__, error)
             return

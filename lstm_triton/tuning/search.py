@@ -17,24 +17,24 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..cost import microseconds_per_step
-from ..device import Device
 from ..kernels.backward import lstm_backward
 from ..kernels.compile import compile_pass, report_of
 from ..kernels.config import PLAIN_CELL, Config, Layout
 from ..kernels.forward import lstm_forward
-from ..layer import Inputs
-from ..planner import NoPlan, admissible, plan
-from ..precision import matmul_precision
-from ..problem import PASSES, Bucket, Problem, bucket_of
+from ..planning.cost import microseconds_per_step
+from ..planning.device import Device
+from ..planning.planner import NoPlan, admissible, plan
+from ..planning.precision import matmul_precision
+from ..planning.problem import PASSES, Bucket, Problem, bucket_of
+from ..planning.table import Entry
+from ..reference import layer as reference
 from .clock import Times, times_of
-from .table import Entry
 
 SCRATCH_BYTES = 1 << 28  # of the gates: bounds the steps of a timed launch
 FEWEST_STEPS, MOST_STEPS = 32, 512
 CHECKED_STEPS, CHECKED_INPUTS = 4, 16
 REPEAT = 10
+RunLayer = Callable[..., tuple[Tensor, ...]]  # the operator `lstm_triton::layer`, or one like it
 logger = logging.getLogger("lstm_triton")
 
 
@@ -60,6 +60,7 @@ def search(
     problem: Problem,
     device: Device,
     where: torch.device,
+    layer: RunLayer,
     deadline: float,
     known: Entry | None = None,
     pool: Executor | None = None,
@@ -67,8 +68,9 @@ def search(
 ) -> Entry | None:
     """Measure a problem's configs, best estimate first, until done or `time.monotonic()` is past the deadline.
 
-    known: an earlier, incomplete entry whose measurements are kept. pool: where configs are compiled
-    ahead; without one they compile as they are timed. None if nothing could be measured.
+    layer: the operator of one layer, by which a config is checked. known: an earlier, incomplete entry whose
+    measurements are kept. pool: where configs are compiled ahead; without one they compile as they are timed. None if
+    nothing could be measured.
     """
     configs = sorted(admissible(problem, device), key=lambda config: microseconds_per_step(config, problem, device))
     measured: dict[str, float | str] = dict(known.measured) if known is not None else {}
@@ -81,7 +83,7 @@ def search(
     guard = torch.accelerator.device_index(where.index)
     try:
         with guard:
-            scratch = Scratch(problem, device, where)
+            scratch = Scratch(problem, device, where, layer)
         for config, complaint in _compiled(configs, problem, device, pool):
             if time.monotonic() > deadline and measured:
                 complete = False
@@ -186,8 +188,9 @@ class Scratch:
     Both run the binary that is compiled ahead: with an initial state, and with what backward reads.
     """
 
-    def __init__(self, problem: Problem, device: Device, where: torch.device) -> None:
+    def __init__(self, problem: Problem, device: Device, where: torch.device, layer: RunLayer) -> None:
         self.problem, self.where, self.dtype = problem, where, getattr(torch, problem.dtype)
+        self.layer = layer
         self.helper = _helper(problem, device)
         row_bytes = problem.batch * problem.directions * 4 * problem.hidden_size * problem.element_size
         steps = min(max(SCRATCH_BYTES // row_bytes, FEWEST_STEPS), MOST_STEPS)
@@ -242,7 +245,7 @@ class Scratch:
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            v = Inputs(x, w_ih, w_hh, None, h, c, *(None,) * 9)
+            v = x, w_ih, w_hh, None, h, c, *(None,) * 9
             bidirectional = self.problem.directions == 2  # more are an ensemble's
             return reference.ensemble_forward(*v, batch_first=False, bidirectional=bidirectional, cell=PLAIN_CELL)[:3]
 
@@ -254,9 +257,9 @@ class Scratch:
         text = "|".join(one.encode() for one in pair)
 
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            v = Inputs(x, w_ih, w_hh, None, h, c, *(None,) * 9)
+            v = x, w_ih, w_hh, None, h, c, *(None,) * 9
             options = (False, self.problem.directions == 2, "all", False, self.problem.precision, text, "")
-            return torch.ops.lstm_triton.layer(*v, *options)[:3]
+            return self.layer(*v, *options)[:3]
 
         return self._results(run, self.dtype)
 

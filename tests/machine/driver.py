@@ -52,7 +52,7 @@ class Machine:
     After a run `launches` has the names of the kernels that ran, and `trace` which warps ran, in order.
     """
 
-    stands_in_for_a_gpu = True  # to lstm_triton.device
+    stands_in_for_a_gpu = True  # to lstm_triton.planning.device
 
     def __init__(
         self,

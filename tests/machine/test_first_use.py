@@ -13,10 +13,12 @@ import torch
 from engines import Engine
 from torch import nn
 
-from lstm_triton import LSTM, comparison, first_use, routing
+from lstm_triton import LSTM
 from lstm_triton.kernels import backward, forward
-from lstm_triton.tuning import store
-from lstm_triton.tuning.table import Entry
+from lstm_triton.layer import comparison, first_use
+from lstm_triton.planning import route as routing
+from lstm_triton.planning import store
+from lstm_triton.planning.table import Entry
 
 pytestmark = pytest.mark.machine
 
@@ -246,7 +248,7 @@ def test_what_is_not_compared(engine: Engine, reason: str, compared, monkeypatch
 def test_what_does_not_compile_is_left_out(engine: Engine, compared, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    real, failing = comparison.layer.lstm_forward, []
+    real, failing = comparison.forward_pass.lstm_forward, []
 
     def limited(gates, w_hh, state, layout, config, *rest):
         if not failing:
@@ -255,7 +257,7 @@ def test_what_does_not_compile_is_left_out(engine: Engine, compared, monkeypatch
             raise OutOfResources(300_000, 200_000, "shared memory")
         return real(gates, w_hh, state, layout, config, *rest)
 
-    monkeypatch.setattr(comparison.layer, "lstm_forward", limited)
+    monkeypatch.setattr(comparison.forward_pass, "lstm_forward", limited)
     module, x = LSTM(5, 16, backend="triton").half(), torch.randn(3, 2, 5).half()
     with engine(), torch.no_grad():
         assert module(x)[0].isfinite().all()

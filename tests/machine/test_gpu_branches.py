@@ -16,17 +16,23 @@ import torch
 from torch import nn
 
 import lstm_triton
-from lstm_triton import LSTM, LSTMCell, device, explain, fallback, first_use, functional, layer, module, routing
-from lstm_triton.cudnn import Call
-from lstm_triton.planner import NoPlan
-from lstm_triton.tuning import first_call, store, tune
-from lstm_triton.tuning.table import Contest
+from lstm_triton import LSTM, LSTMCell, explain
+from lstm_triton.commands import tune
+from lstm_triton.functional import stack
+from lstm_triton.layer import choice, fallback, first_use
+from lstm_triton.modules import lstm as module
+from lstm_triton.planning import device, store
+from lstm_triton.planning import route as routing
+from lstm_triton.planning.cudnn import Call
+from lstm_triton.planning.planner import NoPlan
+from lstm_triton.planning.table import Contest
+from lstm_triton.tuning import first_call
 
 from .driver import Machine, running
 
 pytestmark = pytest.mark.machine
 
-ASKING = (fallback, first_use, functional, layer, module, routing, tune)
+ASKING = (choice, fallback, first_use, module, routing, stack, tune)
 PACKAGE = Path(lstm_triton.__file__).parent
 
 
@@ -257,5 +263,5 @@ def test_no_branch_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert len(asked) >= 10
     (compiled,) = asked - told
     # This one is asked while TorchDynamo traces, which calls no noting function: compiled_graphs_break_where_cudnn_runs.
-    assert compiled[0] == "module.py"
-    assert "if traced and" in (PACKAGE / "module.py").read_text().splitlines()[compiled[1] - 1]
+    assert compiled[0] == "modules/lstm.py"
+    assert "if traced and" in (PACKAGE / "modules" / "lstm.py").read_text().splitlines()[compiled[1] - 1]

@@ -9,9 +9,9 @@ import torch
 from engines import Engine
 from layers import Case, assert_as_good_as_torch, by_kernels
 
-from lstm_triton.device import KNOWN
-from lstm_triton.planner import admissible, plan
-from lstm_triton.problem import PASSES, Problem, bucket_of_hidden_size
+from lstm_triton.planning.device import KNOWN
+from lstm_triton.planning.planner import admissible, plan
+from lstm_triton.planning.problem import PASSES, Problem, bucket_of_hidden_size
 
 pytestmark = pytest.mark.machine
 

@@ -1,4 +1,4 @@
-"""Bugs planted in compiled text: the machine must see each. (Those planted in the source are in test_exchange.py.)
+"""Bugs planted in compiled text: the machine must see each. (Those planted in the source are in kernels/test_exchange.py.)
 
 A bug is seen where a run ends in a fault, or where its bits are not those of the kernel as it was compiled.
 """

@@ -12,8 +12,10 @@ from layers import Case, run_recurrence
 from planted import plant_everywhere
 from torch import nn
 
-from lstm_triton import LSTM, device, routing
+from lstm_triton import LSTM
 from lstm_triton.kernels.config import Config
+from lstm_triton.planning import device
+from lstm_triton.planning import route as routing
 
 from .driver import Machine, running
 

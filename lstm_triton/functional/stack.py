@@ -1,0 +1,252 @@
+"""The LSTM as a function of explicit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.config import PLAIN_CELL
+from ..layer import eager, op
+from ..layer import vmap as vmap  # registers what vmap makes of the operators
+from ..layer.fallback import layer_by_pytorch
+from ..layer.records import LayerResult
+from ..planning.device import on_gpu
+from ..planning.route import (
+    BACKENDS,
+    PRECISIONS,
+    Unusable,
+    check_choice,
+    kernel_refusal,
+    log_once,
+    warn_once_of_the_loop,
+)
+from ..planning.settings import strict
+from ..planning.transforms import aten_can, autocast_is_on, needs_gradient, without_autocast
+from ..variant import PLAIN, Variant
+from .checks import Sizes, State, check_call, check_recompute, check_states, reset_state_of
+from .projection import projected_layer
+from .weights import layer_weights
+
+KEEP = {"none": "all", "gates": "cells"}  # what the operator keeps for a recompute mode; "chunk:K" is both
+
+
+class States(NamedTuple):
+    """What `return_states` asks for, a tensor for each layer in [S] = [T, B] or [B, T]; None for the rest.
+
+    c: cell states [S, D * H]; layers: outputs h [S, D * H], or P with projections, before dropout; gates: activated
+    gates i, f, g, o [S, D, 4, H]. Steps beyond a row's length are 0. Gradients flow through all of them.
+    """
+
+    c: tuple[Tensor, ...] | None = None
+    layers: tuple[Tensor, ...] | None = None
+    gates: tuple[Tensor, ...] | None = None
+
+    def map(self, change: Callable[[Tensor], Any]) -> States:
+        """The same with every tensor changed."""
+        return States(*(None if of_layers is None else tuple(map(change, of_layers)) for of_layers in self))
+
+
+def lstm(
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    proj_size: int = 0,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: State | None = None,
+    return_states: Sequence[str] = (),
+    recompute: str = "none",
+    batch_invariant: bool = False,
+    variant: Variant = PLAIN,
+    backend: str = "auto",
+    precision: str = "",
+    plan: str = "",
+) -> Any:
+    """Run a stacked LSTM over a batch of sequences.
+
+    Under `torch.func.vmap` over weights (and inputs, if they differ) the members of an ensemble run side by side in
+    one launch, or in as few as the planner finds best for many large ones.
+
+    Args:
+        input: [T, B, input_size], or [B, T, input_size] with batch_first.
+        hx: h_0 and c_0, [num_layers * D, B, H], of any floating types; None for zeros. c_0 is read in its own type.
+        weights: per layer and direction weight_ih [4H, I], weight_hh [4H, H] and, with bias,
+            bias_ih [4H], bias_hh [4H]; gate order i, f, g, o, as in `nn.LSTM._flat_weights`. With
+            proj_size = P, weight_hh is [4H, P] and weight_hr [P, H] follows. Then those of the variant.
+        proj_size: size of the projected h, 0 for none; H below is then P wherever h is meant.
+        dropout: probability of dropping an output of every layer but the last, if `training`.
+        training: whether masks are drawn, of dropout and of the variant; else each is replaced by its mean.
+        lengths: [B] integers in [0, T], any order, on any device. A row stops at its length:
+            outputs beyond it are 0, h_n and c_n are its last real ones, the reverse direction
+            starts at its true end, and no gradient reaches the padding.
+        reset: bool [T, B] (or [B, T]): before step t the state of a marked row becomes zero; with
+            two directions the row is cut there into independent sequences.
+        reset_state: h and c that a marked row takes in place of zeros, each [num_layers * D, H] for
+            all rows (learnable: gradients sum over rows and resets) or [num_layers * D, B, H].
+        return_states: any of "c", "layers" and "gates", to be returned for every step; see `States`.
+        recompute: what the backward pass computes again in place of keeping it. "none"; "gates": the gates, by GEMMs
+            over the sequence (kept: h and c of every step); "chunk:K": everything, K steps at a time (kept: h and c of
+            every K-th step). On PyTorch's path either mode computes a whole layer again, and under torch.func's
+            transforms nothing.
+        batch_invariant: row i of every result and of the input's gradient has the same bits whatever the other rows
+            are, how many there are, and (without projections) where a sequence is cut into calls. Slower; kernels
+            only. c_n then comes in float32 for 16-bit types: give it to the next call as it is.
+        variant: what the cell computes beyond the plain LSTM; see `Variant`.
+        backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
+            takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
+            for the module only, whose weights can lie as cuDNN wants them.
+        precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; "" follows
+            `torch.backends.cudnn`, as nn.LSTM does.
+        plan: configs to use in place of the planner's; see `layer.op`.
+
+    Returns:
+        output [T, B, D * H] (or [B, T, D * H]), h_n and c_n [num_layers * D, B, H]; and `States` if asked for.
+
+    Raises:
+        RuntimeError: shapes that do not fit together, T = 0, tensors on different devices or of
+            different types, or a path that cannot run.
+        ValueError: an unknown or contradictory choice.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if precision:
+        check_choice("precision", precision, PRECISIONS)
+    check_recompute(recompute)
+    return_states = return_states if isinstance(return_states, str) else tuple(return_states)
+    check_states(return_states, recompute)
+    directions = 2 if bidirectional else 1
+    input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
+    if not isinstance(variant, Variant):
+        raise TypeError(f"variant should be a Variant, got {type(variant).__name__}")
+    variant.check(proj_size)
+    states = num_layers * directions
+    sizes = Sizes(states, directions, proj_size, bias, variant)
+    check_call(input, hx, weights, sizes, batch_first, lengths, reset)
+    hidden_size, cell, kind = weights[0].shape[0] // variant.gates, variant.cell(training), variant.kind(training)
+    batch, out_size = input.shape[0 if batch_first else 1], proj_size or hidden_size
+    reset_state = reset_state_of(reset_state, reset, input, (states, batch, out_size, hidden_size))
+    device, dtype = input.device, str(input.dtype).removeprefix("torch.")
+    refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions, kind)
+    if refusal and (plan or batch_invariant):
+        given = "a plan was given" if plan else "batch_invariant is asked for"
+        raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
+    if hx is not None:
+        hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
+    if not torch.is_grad_enabled():
+        recompute = "none"  # there is no backward pass
+    if variant.weight_dropout and training:
+        weights = list(weights)
+        for index in range(1, len(weights), sizes.weights_per_state):
+            weights[index] = F.dropout(weights[index], variant.weight_dropout)
+    unmarked = lengths is None and reset is None and not return_states and kind == "plain"
+    plain = unmarked and recompute == "none"
+    if refusal and plain and aten_can():
+        if hx is None:
+            hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
+        return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
+    if refusal and on_gpu(device) and not (unmarked and aten_can()):
+        warn_once_of_the_loop(refusal)
+    seeds = None
+    if cell.draws:  # on the device, for CUDA graphs; both directions of a layer have the same
+        seeds = torch.randint(2**62, (num_layers,), device=device).repeat_interleave(directions)
+    if lengths is not None:
+        lengths = lengths.to(input.device, torch.int64)  # once, for all layers and both passes
+        # Whatever stands in the padding, NaN included, must not reach a product.
+        input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
+
+    def run(extras, x, w_ih, w_hh, biases, state, fresh):
+        given = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)), *extras)
+        if not refusal:
+            keep = _keep(given, recompute, return_states)
+            options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
+            try:
+                out, h_n, c_n, gates, cells, _ = eager.layer(
+                    *given, *options, "" if cell == PLAIN_CELL else cell.encode()
+                )
+                return LayerResult(out, h_n, c_n, gates, cells)
+            except Unusable as error:  # a call like this one is refused from now on
+                if backend == "triton" or strict() or plan or batch_invariant:
+                    raise
+                log_once(str(error))
+        with without_autocast(device.type):
+            return layer_by_pytorch(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+
+    results = []
+    for index in range(num_layers):
+        of_layer = slice(index * directions, (index + 1) * directions)
+        own = layer_weights(weights, of_layer, sizes)
+        extras = (own.peephole, own.gain_ih, own.gain_hh, own.norm_c, None if seeds is None else seeds[of_layer])
+        state, fresh = (None if pair is None else (pair[0][of_layer], pair[1][of_layer]) for pair in (hx, reset_state))
+        if own.w_hr is None:
+            result = run(extras, input, own.w_ih, own.w_hh, own.biases, state, fresh)
+        else:
+            parts = (input, own.w_ih, own.w_hh, own.w_hr, own.biases, state, fresh)
+            project = partial(op.linear, precision=precision) if batch_invariant else F.linear
+            result = projected_layer(partial(run, extras), *parts, lengths, reset, batch_first, project)
+        results.append(result)
+        input = result.out
+        if dropout and training and index < num_layers - 1:
+            input = F.dropout(input, dropout)
+    h_n, c_n = (torch.cat(each) if num_layers > 1 else each[0] for each in list(zip(*results))[1:3])
+    if not return_states:
+        return results[-1].out, h_n, c_n
+    padding = None if lengths is None else _padding(lengths, input, batch_first)
+    return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
+
+
+def _keep(tensors: tuple, recompute: str, return_states: Sequence[str]) -> str:
+    """What the operator is to keep: the backward pass's input only if there can be a backward pass."""
+    if torch.is_grad_enabled() and any(tensor is not None and needs_gradient(tensor) for tensor in tensors):
+        return KEEP.get(recompute, recompute)
+    if "gates" in return_states:
+        return "all"
+    return "cells" if "c" in return_states else "nothing"
+
+
+def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: int, padding: Tensor | None) -> States:
+    """The states of every layer, 0 in the padding."""
+
+    def of_layers(kept: list[Tensor | None], *last: int) -> tuple[Tensor, ...]:
+        """[rows, D, ...] of every layer as [S, *last]."""
+        found = []
+        for tensor, result in zip(kept, results):
+            assert tensor is not None
+            by_step = tensor.reshape(*result.out.shape[:2], *last)
+            dims = (1,) * len(last)
+            found.append(by_step if padding is None else by_step.masked_fill(padding.view(*padding.shape, *dims), 0))
+        return tuple(found)
+
+    hidden_size = results[0].c_n.shape[-1]
+    return States(
+        of_layers([result.cells for result in results], directions * hidden_size) if "c" in asked else None,
+        tuple(result.out for result in results) if "layers" in asked else None,
+        of_layers([result.gates for result in results], directions, 4, hidden_size) if "gates" in asked else None,
+    )
+
+
+def _autocast(
+    input: Tensor, hx: State | None, reset_state: State | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, State | None, State | None, Sequence[Tensor]]:
+    """Under autocast everything is computed in its type, as nn.LSTM does on a GPU; c keeps its own until it is read."""
+    kind = input.device.type
+    if input.dtype == torch.float64 or not autocast_is_on(kind):
+        return input, hx, reset_state, weights
+    dtype = torch.get_autocast_dtype(kind)
+    return input.to(dtype), hx, reset_state, [weight.to(dtype) for weight in weights]
+
+
+def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:
+    """bool [T, B] or [B, T]: steps beyond a row's length."""
+    time = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
+    return time >= lengths.unsqueeze(1) if batch_first else time.unsqueeze(1) >= lengths

@@ -1,0 +1,90 @@
+"""Which config runs a pass of a layer: that of an argument, of a tuned table, or of the planner."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.config import PLAIN_CELL, Cell, Config, Layout
+from ..planning import planner
+from ..planning.device import on_gpu
+from ..planning.planner import NoPlan, Plan, plan_single
+from ..planning.problem import INVARIANT_BATCH, PASSES, Problem
+from ..planning.route import Unusable, kernel_device, plan_for, wrong_configs
+from ..planning.settings import AUTOTUNE
+from .records import Inputs, Options
+
+GIVEN = "the call"  # where a plan came from that an argument gave
+
+
+def fits_one_launch(v: Inputs, options: Options, layout: Layout) -> bool:
+    if layout.seq_len != 1 or v.x.dim() == 4 or options.batch_invariant or v.gain_ih is not None:
+        return False
+    return v.x.shape[2] > 0 and v.w_ih[0].numel() < 2**31  # something to multiply, by 32-bit offsets inside W_ih
+
+
+def _single_plan(v: Inputs, options: Options, layout: Layout) -> Plan | None:
+    """The plan of a sequence of one step in one launch; None if it is to be computed as any other."""
+    if not fits_one_launch(v, options, layout):
+        return None
+    if options.plan:
+        config = Config.decode(options.plan.split("|")[0])
+        return Plan(config, GIVEN) if config.placement == "single" else None
+    device = kernel_device(v.w_hh.device)
+    if isinstance(device, NoPlan):
+        return None
+    problem = problem_of("forward", v, options, layout.batch)
+    chosen = plan_single(problem, device)
+    return None if chosen is None or chosen in wrong_configs(problem, device) else Plan(chosen, "heuristic")
+
+
+def problem_of(which: str, v: Inputs, options: Options, batch: int) -> Problem:
+    """What a plan is asked for."""
+    dtype, (sets, _, hidden_size) = str(v.w_hh.dtype).removeprefix("torch."), v.w_hh.shape
+    # One config for all batches: its tiles say in which order a row's sums are made.
+    batch = INVARIANT_BATCH if options.batch_invariant else batch
+    return Problem(which, hidden_size, batch, sets, dtype, options.precision, kind_of(v, options.cell))
+
+
+def refusal(v: Inputs, options: Options) -> str:
+    """Why no kernel runs this layer, whatever its sizes; "" if one may."""
+    if options.plan:
+        return ""
+    device = kernel_device(v.x.device)
+    dtype = str(v.w_hh.dtype).removeprefix("torch.")
+    none = device if isinstance(device, NoPlan) else planner.refusal(device, dtype, options.precision)
+    return "" if none is None else none.reason
+
+
+def kind_of(v: Inputs, cell: Cell) -> str:
+    """One of `problem.KINDS`."""
+    plain = cell == PLAIN_CELL and v.peephole is None
+    if v.gain_hh is not None:
+        return "norm" if plain else "norm+"
+    return "plain" if plain else "variant"
+
+
+def choose_plan(which: str, v: Inputs, options: Options) -> Plan:
+    """The plan of one pass: from the `plan` argument, else from the planner; Unusable without one."""
+    layout, hidden_size = options.layout(v.x), v.w_hh.shape[2]
+    if which == "forward" and (single := _single_plan(v, options, layout)) is not None:
+        return single
+    if options.plan:
+        texts = options.plan.split("|")
+        if len(texts) != len(PASSES):
+            raise ValueError(f"a plan is two configs with a | between them, got {options.plan!r}")
+        config = Config.decode(texts[PASSES.index(which)])
+        if config.placement == "local" and config.block_h < hidden_size:
+            raise ValueError(f"placement 'local' needs block_h >= H = {hidden_size}, got {config.block_h}")
+        return Plan(config, GIVEN)
+    device = kernel_device(v.w_hh.device)
+    if isinstance(device, NoPlan):
+        raise Unusable(f"lstm_triton: {device.reason}")
+    problem = problem_of(which, v, options, layout.batch)
+    if on_gpu(v.w_hh.device) and AUTOTUNE.read() == "on":
+        from ..tuning import first_call
+
+        first_call.tune(problem, device, v.w_hh.device, torch.ops.lstm_triton.layer)
+    chosen = plan_for(problem, device)
+    if isinstance(chosen, NoPlan):
+        raise Unusable(f"lstm_triton: {chosen.reason}")
+    return chosen

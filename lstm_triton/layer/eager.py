@@ -1,0 +1,62 @@
+"""A layer without PyTorch's dispatcher: what `op.layer` computes, for a fraction of the time before the launch.
+
+An operator of `torch.library` is for those who look at a program: compilers, exporters, vmap, dispatch modes,
+subclasses of tensors, profilers. In a plain eager call there is nobody to look, and the detour takes as long as a
+short sequence does on a GPU (`python perf/host_overhead.py`). Both run the same functions, with the same rule for the
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import op
+from .records import TENSORS
+
+PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def unobserved(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nothing but autograd could see an operator on these tensors, or would have to make them plain for it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # is_grads_batched=True
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ) and all(tensor is None or _plain(tensor) for tensor in tensors)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """What the dispatcher would hand to a kernel as it is."""
+    return type(tensor) in PLAIN_TYPES and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+class LSTMLayer(torch.autograd.Function):
+    """`op.layer` for autograd alone."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = op.compute_layer(*arguments)
+        op.setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        run = op.compute_layer_backward if unobserved((*cotangents, *saved)) else op.layer_backward
+        return op.gradients(ctx, saved, cotangents, run)
+
+
+def layer(*arguments):
+    """`op.layer`, by the operator only where that would be noticed."""
+    if not unobserved(arguments[:TENSORS]):
+        return op.layer(*arguments)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:TENSORS]):
+        return LSTMLayer.apply(*arguments)
+    return op.compute_layer(*arguments)

@@ -1,0 +1,47 @@
+"""Exported programs without our operators: for exporters and runtimes that know nothing of Triton.
+
+    program = torch.export.export(model, (x,), dynamic_shapes=...)  # under torch.no_grad()
+    program = program.run_decompositions(lstm_triton.decompositions())
+
+Without `decompositions` the program holds our operators, and runs wherever `lstm_triton` is imported: by the kernels
+where there are some for its tensors, else in plain PyTorch. With them every `lstm_triton::layer` becomes one `scan`
+over its steps, with every feature, any T and any B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import layer as reference
+from . import op as op  # registers the operators
+from .records import TENSORS, cell_of
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's default table for `ExportedProgram.run_decompositions`, and ours on top."""
+    table = torch.export.default_decompositions()
+    table[torch.ops.lstm_triton.layer.default] = _layer
+    return table
+
+
+def _layer(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, options = arguments[:TENSORS], arguments[TENSORS:]
+    batch_first, bidirectional, keep, batch_invariant, _, _, cell = options
+    if batch_invariant:
+        raise RuntimeError("batch_invariant has no decomposition: no other GEMM promises it")
+    if keep != "nothing":
+        raise RuntimeError("only an inference program has a decomposition: export under torch.no_grad()")
+    from torch._higher_order_ops.scan import scan
+
+    loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
+    # Numbers of the cell are constants: TorchDynamo would make inputs of those that differ from an earlier program's.
+    with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
+        results = reference.ensemble_forward(
+            *tensors, batch_first=batch_first, bidirectional=bidirectional, cell=cell_of(cell), loop=loop
+        )
+    nothing = tensors[0].new_zeros(0)
+    return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone(), nothing.clone())

@@ -1,0 +1,90 @@
+"""A layer without the kernels: by aten where it can, else step by step in plain PyTorch; and second derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.config import PLAIN_CELL, Cell
+from ..planning.device import on_gpu
+from ..planning.route import warn_once_of_the_loop
+from ..planning.transforms import transformed
+from ..reference import layer as reference
+from .records import DIFFERENTIABLE, Inputs, LayerResult
+
+
+def without_kernels(
+    v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell = PLAIN_CELL, training: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer by aten, or step by step where aten lacks something; as cuDNN has it, only `training` has a gradient."""
+    directions = 2 if bidirectional else 1
+    marked = v.lengths is not None or v.reset is not None or v.peephole is not None or v.gain_ih is not None
+    if marked or cell != PLAIN_CELL or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
+        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
+        return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+    batch = v.x.shape[0] if batch_first else v.x.shape[1]
+    zeros = v.x.new_zeros((directions, batch, v.w_hh.shape[2]))
+    state = [zeros if tensor is None else tensor.to(v.x.dtype) for tensor in (v.h_0, v.c_0)]
+    weights = []
+    for index in range(directions):
+        weights += [v.w_ih[index], v.w_hh[index]]
+        if v.bias is not None:
+            weights += [v.bias[index], torch.zeros_like(v.bias[index])]
+    return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
+
+
+def layer_by_pytorch(
+    tensors: tuple, batch_first: bool, bidirectional: bool, cell: Cell, recompute: str, by_aten: bool
+) -> LayerResult:
+    """One layer by aten or step by step in plain PyTorch; whole once more in backward if anything is to be recomputed.
+
+    (Not under torch.func's transforms, which do not go with the hooks that this takes.)
+    """
+
+    def run(*given):
+        if by_aten:
+            return (*without_kernels(Inputs(*given), batch_first, bidirectional, training=True), None, None)
+        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
+
+    if recompute != "none" and not transformed():
+        return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
+    return LayerResult(*run(*tensors))
+
+
+def gradients_with_a_graph(
+    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, wanted: list[bool]
+) -> list[Tensor]:
+    """The wanted gradients as functions that autograd can differentiate again: step by step."""
+    if on_gpu(v.x.device):
+        warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
+    if cell.grad_clip:
+        raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
+    return _gradients(cotangents, v, batch_first, bidirectional, cell, wanted, True)
+
+
+def gradients_by_pytorch(
+    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, wanted: list[bool]
+) -> list[Tensor]:
+    """The wanted gradients where no config of the backward pass is left: step by step."""
+    with torch.enable_grad():
+        floating = {name: t for name, t in v._asdict().items() if t is not None and t.is_floating_point()}
+        leaves = v._replace(**{name: tensor.detach().requires_grad_() for name, tensor in floating.items()})
+        return _gradients(cotangents, leaves, batch_first, bidirectional, cell, wanted, False)
+
+
+def _gradients(
+    cotangents: list[Tensor | None],
+    v: Inputs,
+    batch_first: bool,
+    bidirectional: bool,
+    cell: Cell,
+    wanted: list[bool],
+    create_graph: bool,
+) -> list[Tensor]:
+    results = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
+    inputs = [getattr(v, name) for name in DIFFERENTIABLE]
+    pairs = [(result, given.to(result.dtype)) for result, given in zip(results, cotangents) if given is not None]
+    targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
+    given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]
+    return list(torch.autograd.grad(*given, create_graph=create_graph, materialize_grads=True))

@@ -1,0 +1,306 @@
+"""One LSTM layer as a pair of PyTorch operators, both directions and all members of an ensemble at once.
+
+`torch.ops.lstm_triton.layer` and `torch.ops.lstm_triton.layer_backward` are opaque to compilers, have
+fake kernels and rules for vmap, and are linked by a registered autograd formula. They run the Triton
+kernels: on a GPU, or on CPU tensors in Triton's interpreter. Nothing here decides *whether* to use them,
+but an exported program may find itself on a device without them: inference then runs in plain PyTorch.
+
+Shapes, with [S] = [T, B], or [B, T] with batch_first, and D sets of weights: the directions of the layer
+(of each member of an ensemble in turn):
+x [S, I], or [S, E, I] with inputs of their own for E members; w_ih [D, 4H, I]; w_hh [D, 4H, H]; bias
+[D, 4H] or None; h_0, c_0, reset_h, reset_c [D, B, H] or None (zeros); lengths [B] integer or None; reset
+[S] bool or None; the weights of the cell's variants, each or None: peephole [D, 3, H] and, all or none of
+them, gain_ih and gain_hh [D, 4H] and norm_c [D, 2, H]; seed [D] int64 of their masks, or None (the same
+for both directions)
+-> out [S, D * H], h_n, c_n [D, B, H], and three tensors for `keep`. c_0 may have any floating type. The
+meaning of lengths and reset is that of `reference/layer.py`, that of the variants that of `reference/cell.py`.
+bidirectional: every second set of weights runs in reverse.
+
+keep: what the last three outputs hold for the backward pass.
+    "all": activated gates [T * B, D, 4H] and cells [T * B, D, H], both differentiable;
+    "cells": nothing and cells [T * B, D, H]: the gates are computed again, by GEMMs over the sequence;
+    "chunk:K": h and c (the latter in fp32) entering each window of K steps, [windows, D, B, H];
+    "nothing": empty tensors; there is no backward pass.
+    The third is empty, but with layer normalisation has its moments [T * B, D, 4] for "all" and "cells".
+
+batch_invariant: the same configs and the same order of sums for every batch; c_n then comes in fp32 for
+16-bit types, so that a sequence can be cut anywhere.
+precision: "ieee", "tf32" or "tf32x3" for float32 data (ignored otherwise), "" to follow
+`torch.backends.cudnn` as nn.LSTM does. plan: "" for the planner's choice, or "forward config|backward
+config" in the notation of `Config.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.alarm import raised
+from ..kernels.config import compute_dtype
+from ..kernels.launch import LaunchRefused
+from ..kernels.matmul import matmul
+from ..planning.precision import matmul_precision, resolve_precision
+from ..planning.route import Unusable, warn_once_of_the_loop, without_waiting
+from ..planning.transforms import without_autocast
+from . import backward as backward_pass
+from . import first_use, windows
+from . import forward as forward_pass
+from .choice import refusal
+from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
+from .records import DIFFERENTIABLE, TENSORS, Cotangents, Inputs, Options, c_dtype_of, cell_of, options_of, window_size
+
+Result = TypeVar("Result")
+
+
+def compute_layer(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    peephole: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    norm_c: Tensor | None,
+    seed: Tensor | None,
+    batch_first: bool,
+    bidirectional: bool,
+    keep: str,
+    batch_invariant: bool,
+    precision: str,
+    plan: str,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, h_n, c_n and what `keep` says; see the module's docstring."""
+    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
+    options = options_of(batch_first, bidirectional, batch_invariant, precision, plan, cell)
+    reason = refusal(v, options)
+    if reason and (keep != "nothing" or batch_invariant or plan):
+        raise RuntimeError(f"lstm_triton: {reason}")
+    if reason:
+        nothing = x.new_empty(0)
+        return (
+            *without_kernels(v, batch_first, bidirectional, options.cell), nothing, nothing.clone(), nothing.clone()
+        )  # fmt: skip
+    c_dtype = c_dtype_of(x, batch_invariant)
+    return _on_kernels(v, lambda: _keeping(v, options, keep, c_dtype))
+
+
+def _on_kernels(v: Inputs, run: Callable[[], Result]) -> Result:
+    """What surrounds a whole pass: casts are done, and what CUDA says of a wait in vain is said in words.
+
+    Where the device refuses a launch whose programs wait for each other, the pass is computed anew without such.
+    """
+    try:
+        with without_autocast(v.x.device.type):
+            try:
+                return run()
+            except LaunchRefused as refused:
+                without_waiting(v.x.device, refused)
+            return run()
+    except RuntimeError as error:
+        if said := raised():
+            raise RuntimeError(said) from error
+        raise
+
+
+def _keeping(
+    v: Inputs, options: Options, keep: str, c_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer by the kernels: out, h_n, c_n and what `keep` says."""
+    size, nothing = window_size(keep), v.x.new_empty(0)
+    empty = (nothing, nothing.clone(), nothing.clone())
+    if size:
+        out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
+        assert at_h is not None
+        assert at_c is not None
+        return out, h_n, c_n, at_h, at_c, nothing
+    if keep == "nothing":
+        size = windows.size_without_gradient(v.x, v.w_hh, options.batch_first)
+        if size < options.layout(v.x).seq_len:
+            out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
+            return out, h_n, c_n, *empty
+    save = keep != "nothing"
+    first_use.ensure_forward(v, options, save, c_dtype)
+    with matmul_precision(v.x.dtype, options.precision):
+        out, h_n, c_n, gates, cells, stats = forward_pass.forward(v, options, save, c_dtype)
+    kept = gates if keep == "all" else None, cells, stats
+    return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
+
+
+layer = torch.library.custom_op("lstm_triton::layer", compute_layer, mutates_args=())
+
+
+@layer.register_fake
+def _(
+    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, peephole, gain_ih, gain_hh, norm_c, seed,
+    batch_first, bidirectional, keep, batch_invariant, precision, plan, cell,
+):  # fmt: skip
+    (sets, gate_size, hidden_size), (first, second) = w_hh.shape, x.shape[:2]
+    batch, seq_len = (first, second) if batch_first else (second, first)
+    state = (sets, batch, hidden_size)
+    out, h_n = x.new_empty((first, second, sets * hidden_size)), x.new_empty(state)
+    c_n = x.new_empty(state, dtype=c_dtype_of(x, batch_invariant))
+    size = window_size(keep)
+    if size:
+        border = (windows.count(seq_len, size), *state)
+        at_h, at_c = x.new_empty(border), x.new_empty(border, dtype=compute_dtype(x.dtype))
+        return out, h_n, c_n, at_h, at_c, x.new_empty(0)
+    rows = (first * second, sets)
+    gates = x.new_empty((*rows, gate_size) if keep == "all" else 0)
+    stats = x.new_empty(0)
+    if gain_hh is not None and keep != "nothing":
+        stats = x.new_empty((*rows, 4), dtype=compute_dtype(x.dtype))
+    return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (*rows, hidden_size)), stats
+
+
+def compute_layer_backward(
+    dout: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dgates: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    peephole: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    norm_c: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    kept_1: Tensor,
+    kept_2: Tensor,
+    kept_3: Tensor,
+    batch_first: bool,
+    bidirectional: bool,
+    keep: str,
+    batch_invariant: bool,
+    precision: str,
+    plan: str,
+    cell: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted ones of the gradients of `records.DIFFERENTIABLE`, in that order and in the types of their inputs."""
+    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
+    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
+    options = options_of(batch_first, bidirectional, batch_invariant, precision, plan, cell)
+    given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
+    size = window_size(keep)
+
+    def run() -> dict[str, Tensor]:
+        if size:
+            return windows.backward(v, options, size, kept_1, kept_2, given, asked)
+        first_use.ensure_backward(v, options, given, asked)
+        with matmul_precision(v.x.dtype, options.precision):
+            gates = backward_pass.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
+            return backward_pass.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+
+    found = _on_kernels(v, run)
+    return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
+
+
+layer_backward = torch.library.custom_op("lstm_triton::layer_backward", compute_layer_backward, mutates_args=())
+
+
+@layer_backward.register_fake
+def _(dout, dh_n, dc_n, dgates, dcells, *rest):
+    v, asked = Inputs(*rest[:TENSORS]), zip(DIFFERENTIABLE, rest[-1])
+    return [torch.empty_like(getattr(v, n), memory_format=torch.contiguous_format) for n, want in asked if want]
+
+
+def setup_context(ctx, inputs, output) -> None:
+    """What the backward pass of a layer needs."""
+    out, _, _, *kept = output
+    tensors, options = inputs[:TENSORS], inputs[TENSORS:]
+    ctx.set_materialize_grads(False)
+    differentiable = {"all": 2, "cells": 2}.get(options[2], 0)
+    constant = kept[differentiable:] if options[2] != "cells" else [kept[0], kept[2]]  # that first one is empty
+    ctx.mark_non_differentiable(*constant)
+    ctx.save_for_backward(*tensors, out, *kept)
+    ctx.options = options
+
+
+def gradients(
+    ctx, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], run: Callable[..., list[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Those of all arguments of a layer. saved: ctx's tensors; run: `compute_layer_backward`, or its operator."""
+    keep = ctx.options[2]
+    if keep == "nothing":
+        raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
+    needed = dict(zip(Inputs._fields, ctx.needs_input_grad))
+    wanted = [needed[name] for name in DIFFERENTIABLE]
+    given = list(cotangents[:-1])  # the moments of layer normalisation are constants
+    if all(cotangent is None for cotangent in given):
+        return (None,) * len(ctx.needs_input_grad)
+    batch_first, bidirectional, *_, cell = ctx.options
+    plainly = given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell_of(cell), wanted
+    if torch.is_grad_enabled():  # create_graph=True
+        found = gradients_with_a_graph(*plainly)
+    else:
+        try:
+            found = run(*given, *saved, *ctx.options, wanted)
+        except Unusable as error:
+            # Too late for another path of the whole call; and training goes on.
+            if keep.startswith("chunk") or ctx.options[5]:
+                raise
+            warn_once_of_the_loop(f"no config of a backward pass is left: {error}")
+            found = gradients_by_pytorch(*plainly)
+    grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
+    return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
+
+
+layer.register_autograd(
+    lambda ctx, *cotangents: gradients(ctx, ctx.saved_tensors, cotangents, layer_backward), setup_context=setup_context
+)
+
+
+@torch.library.custom_op("lstm_triton::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """x [..., K] times weight [N, K] transposed -> [..., N]; a row's bits do not depend on the others."""
+    rows = matmul(x.reshape(-1, x.shape[-1]), weight.t(), None, resolve_precision(precision))
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+@linear.register_fake
+def _(x, weight, precision):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    dx = linear(grad, weight.t(), ctx.precision) if ctx.needs_input_grad[0] else None
+    dweight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    return dx, dweight, None
+
+
+def _linear_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.precision = inputs[2]
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_context)
+
+
+@linear.register_vmap
+def _(info, in_dims, x, weight, precision):
+    if in_dims[1] is None:
+        return linear(x.movedim(in_dims[0], 0), weight, precision), 0
+    members = [x if in_dims[0] is None else x.select(in_dims[0], index) for index in range(info.batch_size)]
+    return torch.stack([linear(one, w, precision) for one, w in zip(members, weight.movedim(in_dims[1], 0))]), 0

@@ -1,0 +1,346 @@
+"""`LSTM`, a drop-in replacement of `torch.nn.LSTM`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional
+from ..functional import States
+from ..functional.checks import State, check_options, check_pair, of_type
+from ..planning.cudnn import Call
+from ..planning.device import on_gpu
+from ..planning.route import compute_dtype, kernel_refusal, possible_refusal, slower_reason
+from ..planning.transforms import aten_can, exporting, untraced
+from ..variant import PLAIN, Variant
+from .nested import nested_like, padded_of
+from .weights import add_weights, check_start, fill_own
+
+
+class LSTM(nn.RNNBase):
+    """A multi-layer LSTM with the constructor, parameters and results of `torch.nn.LSTM`.
+
+    On a CUDA device the recurrence runs in one persistent Triton kernel per layer and pass; where
+    the kernels do not apply, or nn.LSTM has been measured to be faster, the call takes PyTorch's
+    own LSTM, for a reason that `lstm_triton.explain(module, input)` prints. State dicts go both
+    ways, and the same seed gives the same initial weights.
+
+    Args: those of `torch.nn.LSTM`, and keyword-only
+        backend: "auto" uses the kernels where they run and PyTorch elsewhere; "triton" raises
+            RuntimeError with the reason where they do not; "torch" never uses them.
+        precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; None follows
+            `torch.backends.cudnn`, as nn.LSTM does.
+        recompute: "none", "gates" or "chunk:K": what training keeps in memory; see `functional.lstm`.
+        batch_invariant: a row's results do not depend on its company, at a price; see `functional.lstm`.
+        peephole, layer_norm, zoneout, recurrent_dropout, variational_dropout, weight_dropout, coupled_gates,
+            cell_clip, recurrent_grad_clip: variants of the cell; see `Variant`. Their weights are parameters of that
+            class's names with the suffix of the others, such as weight_ch_l0.
+        forget_bias: what the two biases of the forget gate sum up to at first; None for PyTorch's random ones.
+        learn_initial_state: the state without hx, and that of rows that are reset without reset_state, are the
+            parameters initial_h [L * D, H or P] and initial_c [L * D, H], at first 0.
+
+    It is no subclass of nn.LSTM: TorchDynamo refuses to trace those.
+    """
+
+    # nn.LSTM's own checks, as they are: they only use what RNNBase has.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+    _forward_by_torch: Any = nn.LSTM.forward
+
+    # What a state that was pickled without them, or by nn.LSTM, has.
+    backend: str = "auto"
+    precision: str | None = None
+    recompute: str = "none"
+    batch_invariant: bool = False
+    variant: Variant = PLAIN
+    forget_bias: float | None = None
+    learn_initial_state: bool = False
+
+    def __init__(
+        self,
+        *args: Any,
+        backend: str = "auto",
+        precision: str | None = None,
+        recompute: str = "none",
+        batch_invariant: bool = False,
+        peephole: bool | str = False,
+        layer_norm: bool = False,
+        zoneout: tuple[float, float] = (0.0, 0.0),
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        coupled_gates: bool = False,
+        cell_clip: float | None = None,
+        recurrent_grad_clip: float | None = None,
+        forget_bias: float | None = None,
+        learn_initial_state: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_options(backend, precision, recompute)
+        self.variant = Variant(
+            peephole,
+            layer_norm,
+            zoneout,
+            recurrent_dropout,
+            variational_dropout,
+            weight_dropout,
+            coupled_gates,
+            cell_clip,
+            recurrent_grad_clip,
+        )
+        self.backend = backend
+        self.precision = precision
+        self.recompute = recompute
+        self.batch_invariant = batch_invariant
+        self.learn_initial_state = learn_initial_state
+        self.forget_bias = None  # until it has been checked
+        super().__init__("LSTM", *args, **kwargs)
+        self.variant.check(self.proj_size)
+        check_start(forget_bias, learn_initial_state, coupled_gates, self.bias)
+        self.forget_bias = forget_bias
+        if add_weights(self, self.variant, learn_initial_state):
+            self._init_flat_weights()
+        fill_own(self, forget_bias)
+
+    def reset_parameters(self) -> None:
+        """Initial values: PyTorch's; gains 1, bias_c and the initial state 0; the forget bias, where it is given."""
+        super().reset_parameters()
+        fill_own(self, self.forget_bias)
+
+    def flatten_parameters(self) -> None:
+        """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
+        weight = self._flat_weights[0]
+        if self.backend == "triton" or self.variant != PLAIN or not isinstance(weight, Tensor):
+            return
+        if on_gpu(weight.device) and possible_refusal(*self._request(weight)):
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.backend != "auto":
+            text += f", backend={self.backend}"
+        if self.precision is not None:
+            text += f", precision={self.precision}"
+        if self.recompute != "none":
+            text += f", recompute={self.recompute}"
+        if self.batch_invariant:
+            text += ", batch_invariant=True"
+        further: dict[str, Any] = self.variant.asked()
+        if self.forget_bias is not None:
+            further["forget_bias"] = self.forget_bias
+        if self.learn_initial_state:
+            further["learn_initial_state"] = True
+        return text + "".join(f", {name}={value}" for name, value in further.items())
+
+    def refusal(self, input: Tensor) -> str:
+        """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
+        return kernel_refusal(*self._request(input))
+
+    def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int, str]:
+        # Not self.weight_ih_l0: to read a parametrized weight is to compute it, drawing its random numbers once more.
+        return (
+            self.backend,
+            input.device.type,
+            input.device.index,
+            compute_dtype(input.device.type, self._flat_weights[0].dtype),  # type: ignore[union-attr]
+            self.precision or "",
+            self.hidden_size,
+            2 if self.bidirectional else 1,
+            self.variant.kind(self.training),
+        )
+
+    def slower(self, input: Tensor, hx: State | None = None) -> str:
+        """Why nn.LSTM is the faster path for a batch that the kernels could run; "" if it is not known to be.
+
+        By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
+        """
+        dropped = self.training and self.variant.weight_dropout
+        if self.batch_invariant or self.recompute != "none" or dropped or self._request(input)[-1] != "plain":
+            return ""  # nn.LSTM has none of these
+        if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
+            return ""  # with projections nothing has been measured
+        sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
+        dtype = compute_dtype(input.device.type, self._flat_weights[0].dtype)  # type: ignore[union-attr]
+        directions = 2 if self.bidirectional else 1
+        call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
+        tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return slower_reason(input.device, call, self.precision or "", training, seq_len == 1)
+
+    def _by_cudnn(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
+        """nn.LSTM's own forward, with the weights in the one piece that cuDNN wants."""
+        storages = {weight.untyped_storage().data_ptr() for weight in self._flat_weights}  # type: ignore[union-attr]
+        if len(storages) > 1:
+            super().flatten_parameters()
+        return self._forward_by_torch(input, hx)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: State | None = None,
+        return_states: Sequence[str] = (),
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, States]:
+        """Run the LSTM.
+
+        Args:
+            input: [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size]
+                unbatched, a PackedSequence, or with batch_first a nested tensor of jagged layout,
+                [B, any length, input_size].
+            hx: (h_0 [L * D, B, H or P], c_0 [L * D, B, H]), of any floating types; without the batch dimension
+                for unbatched input. If None zeros, or the learned initial state.
+            lengths, reset, reset_state: see `functional.lstm`; for batched tensors only.
+            return_states: any of "c", "layers", "gates": see `functional.States`.
+
+        Returns:
+            output and (h_n, c_n), shaped as nn.LSTM shapes them, and with return_states the states
+            of every step, in the form of the input: padded, packed or nested.
+        """
+        packed = isinstance(input, PackedSequence)
+        compiling = torch.compiler.is_compiling()
+        traced = compiling and not exporting()
+        unmarked = lengths is None and reset is None and reset_state is None
+        if self.learn_initial_state:
+            hx = self._learned(input, hx)
+            reset_state = self._initial() if reset is not None and reset_state is None else reset_state
+        if isinstance(input, Tensor) and input.is_nested:
+            if not unmarked:
+                raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
+            return self._forward_nested(input, hx, return_states)
+        frugal = self.recompute != "none" and torch.is_grad_enabled()
+        variant = self.variant.kind(self.training) != "plain" or (self.training and self.variant.weight_dropout)
+        plain = unmarked and not return_states and not frugal and not self.batch_invariant and not variant
+        data: Tensor = input.data if packed else input  # type: ignore[assignment]
+        if plain and self.refusal(data) and aten_can():
+            hx = of_type(hx, data.dtype)
+            if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
+                return untraced(nn.LSTM.forward, self, input, hx)
+            return self._forward_by_torch(input, hx)
+        if packed:
+            if not unmarked:
+                raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
+            if traced:
+                return untraced(LSTM._forward_packed, self, input, hx, return_states)
+            return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
+        if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
+            return self._by_cudnn(input, of_type(hx, input.dtype))  # type: ignore[arg-type,union-attr]
+        return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
+
+    def _initial(self) -> State:
+        return self.initial_h, self.initial_c  # type: ignore[return-value]
+
+    def _learned(self, input: Tensor | PackedSequence, hx: State | None) -> State | None:
+        """hx, in place of None the learned initial state for every row."""
+        if hx is not None:
+            return hx
+        if isinstance(input, PackedSequence):
+            batch = int(input.batch_sizes[0])
+        elif input.dim() != 3 or (input.is_nested and not self.batch_first):
+            return self._initial() if input.dim() == 2 else None  # the rest is an error, which others raise
+        else:
+            batch = input.shape[0 if self.batch_first else 1]
+        h, c = (tensor.unsqueeze(1).expand(-1, batch, -1) for tensor in self._initial())
+        return h.contiguous(), c.contiguous()  # cuDNN takes no other
+
+    def _forward_padded(
+        self,
+        input: Tensor,
+        hx: State | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_state: State | None,
+        return_states: Sequence[str],
+    ) -> Any:
+        self._update_flat_weights()
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            if lengths is not None or reset is not None or reset_state is not None:
+                raise ValueError("lengths= and reset= go with batched 3-D input, got 2-D input")
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            self.check_input(input, None)
+        else:
+            check_pair(hx)
+            dims = 3 if batched else 2
+            if hx[0].dim() != dims or hx[1].dim() != dims:
+                raise RuntimeError(
+                    f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should "
+                    f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            self.check_forward_args(input, hx, None)
+        marks = (lengths, reset, reset_state)
+        output, h_n, c_n, *states = self._run(input, hx, self.batch_first, *marks, return_states=return_states)
+        if not batched:
+            output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+            states = [of_all.map(lambda tensor: tensor.squeeze(batch_dim)) for of_all in states]
+        return output, (h_n, c_n), *states
+
+    def _forward_nested(self, input: Tensor, hx: State | None, return_states: Sequence[str]) -> Any:
+        if not self.batch_first:
+            raise ValueError("a nested tensor is [B, length, input_size]: it goes with batch_first=True")
+        padded, lengths = padded_of(input)
+        output, state, *states = self._forward_padded(padded, hx, lengths, None, None, return_states)
+        states = [of_all.map(lambda tensor: nested_like(tensor, input)) for of_all in states]
+        return nested_like(output, input), state, *states
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None, return_states: Sequence[str]) -> Any:
+        self._update_flat_weights()
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self.check_input(data, batch_sizes)
+        if hx is not None:
+            check_pair(hx)
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_forward_args(data, hx, batch_sizes)
+        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
+        output, h_n, c_n, *states = self._run(padded, hx, False, lengths, return_states=return_states)
+
+        def pack(tensor: Tensor) -> PackedSequence:
+            data, _ = torch._VF._pack_padded_sequence(tensor, lengths, False)
+            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+
+        states = [of_all.map(pack) for of_all in states]
+        return pack(output), self.permute_hidden((h_n, c_n), unsorted_indices), *states
+
+    def _run(
+        self,
+        input: Tensor,
+        hx: State | None,
+        batch_first: bool,
+        lengths: Tensor | None,
+        reset: Tensor | None = None,
+        reset_state: State | None = None,
+        return_states: Sequence[str] = (),
+    ) -> Any:
+        return functional.lstm(
+            input,
+            hx,
+            self._flat_weights,  # type: ignore[arg-type]
+            bias=self.bias,
+            num_layers=self.num_layers,
+            proj_size=self.proj_size,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=batch_first,
+            lengths=lengths,
+            reset=reset,
+            reset_state=reset_state,
+            return_states=return_states,
+            recompute=self.recompute,
+            batch_invariant=self.batch_invariant,
+            variant=self.variant,
+            backend=self.backend,
+            precision=self.precision or "",
+        )

@@ -1,0 +1,82 @@
+"""What surrounds a call: torch.func's transforms, autocast, exporting, a compiler that traces."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _transforms() -> set[str]:
+    """The kinds of torch.func transforms and of forward-mode levels that are active: "vmap", "grad", "jvp", ..."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = {level.key().name.lower() for level in levels}
+    return kinds | {"jvp"} if forward_ad._current_level >= 0 else kinds
+
+
+def refused_transform() -> str:
+    """The kernels have vmap and first derivatives in reverse mode: what else is asked of them, if anything."""
+    kinds = _transforms()
+    if "jvp" in kinds:
+        return "forward-mode differentiation is active, and the kernels have no forward-mode derivative"
+    if kinds - {"vmap", "functionalize"}:
+        return "torch.func.grad is active, and the kernels' derivatives are torch.autograd's"
+    return ""
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward mode is active."""
+    return bool(_transforms())
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """requires_grad, also of what vmap maps over."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def aten_can() -> bool:
+    """Whether PyTorch's own LSTM goes with the active transforms: it has neither vmap nor forward mode on all paths."""
+    return not _transforms() & {"vmap", "jvp"}
+
+
+def exporting() -> bool:
+    """`torch.compiler.is_exporting`, which TorchDynamo of PyTorch 2.11 takes for true wherever it traces."""
+    return torch.compiler.is_exporting()
+
+
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+aten_can._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `kernel_refusal`
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # which PyTorch 2.11 does not trace
+
+
+def autocast_is_on(device_type: str) -> bool:
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """What has been cast stays as it is: some operators, such as layer_norm on CUDA, would be cast once more."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
+
+
+def untraced(function: Any, *arguments: Any) -> Any:
+    """Call a function outside the graph that TorchDynamo is tracing: the graph breaks here.
+
+    Dynamo breaks at every nn.LSTM of its own accord. Here it does where tracing would fail
+    (training by oneDNN in PyTorch 2.13, the packing of sequences) or unroll cuDNN's loop.
+    """
+    return torch.compiler.disable(function)(*arguments)
+
+
+untraced._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, without its import

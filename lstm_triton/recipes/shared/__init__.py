@@ -1,0 +1,1 @@
+"""What the recipes share: options and errors, the training loop, figures, texts and tables."""

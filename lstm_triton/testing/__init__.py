@@ -1,0 +1,1 @@
+"""Programs of one launch interleaved in Triton's interpreter, by any schedule."""
