@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import re
 import sys
@@ -59,6 +60,24 @@ def plant_everywhere(
     return made
 
 
+class _Known(ast.NodeTransformer):
+    """Puts the values of names and of fields ("masks.seed") in their place; `left` are those that have none."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.found = self.left = 0
+
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> Any:
+        name = ast.unparse(node)
+        if name not in self.values:
+            self.left += 1
+            return node
+        self.found += 1
+        return ast.Constant(self.values[name])
+
+    visit_Attribute = visit_Name
+
+
 class _Prune(ast.NodeTransformer):
     """Takes out what a condition over these names never reaches."""
 
@@ -68,10 +87,9 @@ class _Prune(ast.NodeTransformer):
 
     def _value(self, test: ast.expr) -> Any:
         """What a condition is, or an Ellipsis if more than these names decides it."""
-        used = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
-        if not used or not used <= self.values.keys():
-            return ...
-        return eval(compile(ast.Expression(test), "condition", "eval"), {}, dict(self.values))
+        known = _Known(self.values)
+        put = ast.fix_missing_locations(ast.Expression(known.visit(copy.deepcopy(test))))
+        return eval(compile(put, "condition", "eval")) if known.found and not known.left else ...
 
     def _branch(self, node: Any) -> Any:
         value = self._value(node.test)

@@ -27,12 +27,11 @@ REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
 # What the arguments of the variants are for the plain cell.
 OFF = dict.fromkeys(
     [
-        *("peephole", "gain_hh", "norm_c", "seed", "h_mask", "masked_h_0", "masked_reset_h", "sent", "pairs", "stats"),
-        *("product", "dproduct", "dh_0", "dh_reset", "dpeephole", "dnorm_c"),
-        *("zoneout_h", "zoneout_c", "recurrent_dropout", "cell_clip", "grad_clip", "bound"),
-        *("w_ci", "w_cf", "w_co", "g_scale", "keep", "keep_h", "keep_c", "threshold"),
+        *("masks.h_mask", "masks.h_0", "masks.reset_h", "masks.sent", "masks.recurrent_dropout", "masks.zoneout_h"),
+        *("masks.zoneout_c", "limits.cell", "limits.grad", "peephole.i", "peephole.f", "peephole.o", "dpeephole"),
+        *("dinitial.h", "dreset.h", "zoneout_h", "own_mask", "sent", "g_scale", "keep", "bound"),
     ]
-) | dict.fromkeys(["NORM", "COUPLED", "SAMPLED"], False)
+) | dict.fromkeys(["how.NORM", "how.COUPLED", "how.SAMPLED"], False)
 
 
 def code(binary) -> str:
@@ -54,14 +53,16 @@ def test_variants_that_are_off_leave_nothing_in_the_binary(
     config = plan(Problem(which, hidden_size, 16, 1, "bfloat16", "tf32"), KNOWN["sm_90"]).config
     options = dict(lengths=True, reset=True)
     ours = code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, **options))
-    cell, removed = prune(tmp_path, "cell", OFF)
-    assert removed >= 10
-    change = ("from .cell import", f"from .{cell.__name__.rpartition('.')[2]} import")
-    bare, removed = prune(tmp_path, which, OFF, change)
+    changes = []
+    for name, least in (("cell", 10), ("masks", 3)):
+        pruned, removed = prune(tmp_path, name, OFF)
+        assert removed >= least
+        changes.append((f"from .{name} import", f"from .{pruned.__name__.rpartition('.')[2]} import"))
+    bare, removed = prune(tmp_path, which, OFF, *changes)
     assert removed >= 10
     text = Path(bare.__file__).read_text()
-    assert "norm_gates(" not in text
-    assert "kept_by_zoneout(" not in text
+    assert "norm_gates" not in text.partition("@triton.jit")[2]
+    assert "kept_by_zoneout(" not in Path(sys.modules[pruned.__name__].__file__).read_text().partition("def draw(")[2]
     launcher = f"lstm_{which}"
     monkeypatch.setattr(compiler, launcher, getattr(bare, launcher))
     assert code(compiler.compile_pass(which, config, "sm_90", hidden_size, torch.bfloat16, **options)) == ours
