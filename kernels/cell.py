@@ -7,7 +7,7 @@ What a variant adds stands behind an argument that is None (or False) without it
 binary: the peephole weights of each unit; g_scale, the mask on the candidate; limits; COUPLED, f = 1 - i. A
 layer-normalised cell (NORM) hands in what `norm.py` has made of its pre-activations, and normalises c_t before
 `lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for which the approximations that are good
-enough elsewhere would be most of the error. `reference.py` states the same in
+enough elsewhere would be most of the error. `lstm_triton.reference` states the same in
 plain PyTorch, with sources.
 """
 

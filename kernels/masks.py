@@ -3,7 +3,7 @@
 Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed [D] int64 of a set
 of weights and counting (unit, row of the batch, time, kind and direction): a mask depends neither on the tile nor on
 the launch that draws it, nor on the batch's size. Both directions of a layer have one seed, and share the mask on its
-input. `lstm_triton.philox` draws the same in plain PyTorch.
+input. `lstm_triton.reference.masks` draws the same in plain PyTorch.
 
 A threshold is a probability in units of 2^-24 (`config.chance`); 24 random bits below it say yes.
 """
