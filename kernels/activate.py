@@ -65,7 +65,7 @@ def activate(
     """Activate gates [rows, D, 4H] in place. c_prev [rows, D, H]: c_{t-1} of every step, for peepholes only."""
     _, directions, gate_size = gates.shape
     hidden_size = gate_size // 4
-    block_b, block_h = 16, min(128, triton.next_power_of_2(hidden_size))
+    block_b, block_h = 16, min(128, max(16, triton.next_power_of_2(hidden_size)))
     config = Config("stepwise", "none", False, False, 1, block_b, block_h, 16, 4)
     # Only what happens between the pre-activations and the gates: the rest comes before or after.
     drawn = variants.masks()

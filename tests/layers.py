@@ -228,7 +228,7 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
     given = {n: t.to(case.dtype) if t is not None and t.is_floating_point() else t for n, t in case.tensors().items()}
     v = Inputs(**{name: given[name] for name in Inputs._fields})
     order = "both" if case.directions == 2 else "forward"
-    options = Options(case.batch_first, order, False, "ieee", "", case.cell)
+    options = Options(case.batch_first, order, cell=case.cell)
     layout, gates, variants = options.layout(v.x), projected_input(v, options).contiguous(), variants_of(v, options)
     lengths, reset = marks_of(v, layout)
     state = (v.h_0, v.c_0) if case.state else None

@@ -15,52 +15,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer.records import LayerResult
+from ..layer.records import Inputs, LayerResult
 from ..layer.sequence import previous_hidden
-from .checks import State
 
 
 def projected_layer(
-    run: Callable[..., LayerResult],
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
+    run: Callable[[Inputs], LayerResult],
+    v: Inputs,
     w_hr: Tensor,
-    bias: Tensor | None,
-    state: State | None,
-    reset_state: State | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
     batch_first: bool,
     project: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> LayerResult:
-    """run(x, w_ih, w_hh, bias, state, reset_state) is a layer without projection, project(m [..., H], w_hr [P, H]) h.
+    """`run` is a layer without projection, project(m [..., H], w_hr [P, H]) its h.
 
     w_hh [D, 4H, P], w_hr [D, P, H], h_0 and reset_h [D, B, P]; out [S, D * P], h_n [D, B, P], c_n [D, B, H].
     """
-    directions, _, proj_size = w_hh.shape
-    h_0, reset_h = (None if pair is None else pair[0] for pair in (state, reset_state))
-    if h_0 is not None or reset_h is not None:
+    directions, _, proj_size = v.w_hh.shape
+    x, w_ih = v.x, v.w_ih
+    if v.h_0 is not None or v.reset_h is not None:
         nothing = x.new_zeros((*x.shape[:2], directions * proj_size))
         # Mapped over by vmap if anything is that will be written into it.
-        for tensor in (h_0, reset_h, lengths, reset):
+        for tensor in (v.h_0, v.reset_h, v.lengths, v.reset):
             if tensor is not None:
                 nothing = nothing + torch.zeros_like(tensor.reshape(-1)[:1], dtype=x.dtype).sum()
         order = "both" if directions == 2 else "forward"
-        entering = previous_hidden(nothing, h_0, lengths, reset, reset_h, directions, order, batch_first)
+        entering = previous_hidden(nothing, v.h_0, v.lengths, v.reset, v.reset_h, directions, order, batch_first)
         x = torch.cat((x, entering.reshape(nothing.shape)), -1)
         # Each direction reads its own part of what enters.
-        blocks = torch.block_diag(*w_hh.unbind()).unflatten(0, (directions, -1))  # [D, 4H, D * P]
+        blocks = torch.block_diag(*v.w_hh.unbind()).unflatten(0, (directions, -1))  # [D, 4H, D * P]
         w_ih = torch.cat((w_ih, blocks), -1)
-    result = run(x, w_ih, w_hh @ w_hr, bias, _without_h(state), _without_h(reset_state))
+    # An m of zeros beside each c that is given.
+    h_0, reset_h = (None if c is None else torch.zeros_like(c) for c in (v.c_0, v.reset_c))
+    result = run(v._replace(x=x, w_ih=w_ih, w_hh=v.w_hh @ w_hr, h_0=h_0, reset_h=reset_h))
     h_n = torch.stack([project(m, w) for m, w in zip(result.h_n, w_hr)])
-    if lengths is not None and h_0 is not None:
-        h_n = torch.where((lengths == 0).unsqueeze(-1), h_0, h_n)  # a row without steps hands its state through
+    if v.lengths is not None and v.h_0 is not None:
+        h_n = torch.where((v.lengths == 0).unsqueeze(-1), v.h_0, h_n)  # a row without steps hands its state through
     by_direction = result.out.unflatten(-1, (directions, -1)).unbind(-2)
     out = torch.cat([project(m, w) for m, w in zip(by_direction, w_hr)], -1)
     return result._replace(out=out, h_n=h_n)
-
-
-def _without_h(pair: State | None) -> State | None:
-    """The same c with an m of zeros."""
-    return None if pair is None else (torch.zeros_like(pair[1]), pair[1])

@@ -14,7 +14,7 @@ from ..kernels.config import PLAIN_CELL
 from ..layer import eager, op
 from ..layer import vmap as vmap  # registers what vmap makes of the operators
 from ..layer.fallback import layer_by_pytorch
-from ..layer.records import LayerResult
+from ..layer.records import Choices, Inputs, LayerResult
 from ..planning.device import on_gpu
 from ..planning.route import (
     BACKENDS,
@@ -165,47 +165,52 @@ def lstm(
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
-    def run(extras, x, w_ih, w_hh, biases, state, fresh):
-        given = (x, w_ih, w_hh, biases, *(state or (None, None)), lengths, reset, *(fresh or (None, None)), *extras)
+    choices = Choices(
+        batch_first, bidirectional, "", batch_invariant, precision, plan, "" if cell == PLAIN_CELL else cell.encode()
+    )
+
+    def run(v: Inputs) -> LayerResult:
         if not refusal:
-            keep = _keep(given, recompute, return_states)
-            options = (batch_first, bidirectional, keep, batch_invariant, precision, plan)
             try:
-                out, h_n, c_n, gates, cells, _ = eager.layer(
-                    *given, *options, "" if cell == PLAIN_CELL else cell.encode()
-                )
+                keep = _keep(v, recompute, return_states)
+                out, h_n, c_n, gates, cells, _ = eager.layer(*v, *choices._replace(keep=keep))
                 return LayerResult(out, h_n, c_n, gates, cells)
             except Unusable as error:  # a call like this one is refused from now on
                 if backend == "triton" or strict() or plan or batch_invariant:
                     raise
                 log_once(str(error))
         with without_autocast(device.type):
-            return layer_by_pytorch(given, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+            return layer_by_pytorch(v, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
 
     results = []
     for index in range(num_layers):
         of_layer = slice(index * directions, (index + 1) * directions)
-        own = layer_weights(weights, of_layer, sizes)
-        extras = (own.peephole, own.gain_ih, own.gain_hh, own.norm_c, None if seeds is None else seeds[of_layer])
-        state, fresh = (None if pair is None else (pair[0][of_layer], pair[1][of_layer]) for pair in (hx, reset_state))
-        if own.w_hr is None:
-            result = run(extras, input, own.w_ih, own.w_hh, own.biases, state, fresh)
+        own, w_hr = layer_weights(weights, of_layer, sizes)
+        states_of: dict[str, Any] = {
+            name: None if pair is None else pair[at][of_layer]
+            for pair, names in ((hx, ("h_0", "c_0")), (reset_state, ("reset_h", "reset_c")))
+            for at, name in enumerate(names)
+        }
+        seed = None if seeds is None else seeds[of_layer]
+        v = Inputs(x=input, **own, **states_of, lengths=lengths, reset=reset, seed=seed)
+        if w_hr is None:
+            result = run(v)
         else:
-            parts = (input, own.w_ih, own.w_hh, own.w_hr, own.biases, state, fresh)
             project = partial(op.linear, precision=precision) if batch_invariant else F.linear
-            result = projected_layer(partial(run, extras), *parts, lengths, reset, batch_first, project)
+            result = projected_layer(run, v, w_hr, batch_first, project)
         results.append(result)
         input = result.out
         if dropout and training and index < num_layers - 1:
             input = F.dropout(input, dropout)
-    h_n, c_n = (torch.cat(each) if num_layers > 1 else each[0] for each in list(zip(*results))[1:3])
+    h_ns, c_ns = [result.h_n for result in results], [result.c_n for result in results]
+    h_n, c_n = (torch.cat(each) if num_layers > 1 else each[0] for each in (h_ns, c_ns))
     if not return_states:
         return results[-1].out, h_n, c_n
     padding = None if lengths is None else _padding(lengths, input, batch_first)
     return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
 
 
-def _keep(tensors: tuple, recompute: str, return_states: Sequence[str]) -> str:
+def _keep(tensors: Inputs, recompute: str, return_states: Sequence[str]) -> str:
     """What the operator is to keep: the backward pass's input only if there can be a backward pass."""
     if torch.is_grad_enabled() and any(tensor is not None and needs_gradient(tensor) for tensor in tensors):
         return KEEP.get(recompute, recompute)

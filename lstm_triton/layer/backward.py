@@ -16,7 +16,7 @@ from ..kernels.variants import Gradients, Variants
 from ..reference.cell import norm_gates
 from .choice import choose_plan
 from .forward import aligned, input_mask, marks_of, projected, projected_input, ready, variants_of
-from .records import Cotangents, Inputs, Options
+from .records import Cotangents, Inputs, Kept, Options
 from .sequence import (
     initial_gradient,
     norm_gates_backward,
@@ -76,15 +76,12 @@ def recomputed_gates(v: Inputs, options: Options, out: Tensor, cells: Tensor) ->
 def backward(
     v: Inputs,
     options: Options,
-    out: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    stats: Tensor | None,
+    kept: Kept,
     given: Cotangents,
     wanted: Mapping[str, bool],
 ) -> dict[str, Tensor]:
     """The wanted gradients by name, in types of our own: sums over steps may come in the compute type."""
-    layout = options.layout(v.x)
+    layout, (out, gates, cells, stats) = options.layout(v.x), kept
     config = choose_plan("backward", v, options).config
     lengths, reset = marks_of(v, layout)
     variants, operand, product = variants_of(v, options), None, None

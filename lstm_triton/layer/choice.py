@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.config import PLAIN_CELL, Cell, Config, Layout
+from ..kernels.config import PLAIN_CELL, Cell, Layout
 from ..planning import planner
 from ..planning.device import on_gpu
 from ..planning.planner import NoPlan, Plan, plan_single
-from ..planning.problem import INVARIANT_BATCH, PASSES, Problem
+from ..planning.problem import INVARIANT_BATCH, Problem
 from ..planning.route import Unusable, kernel_device, plan_for, wrong_configs
 from ..planning.settings import AUTOTUNE
 from .records import Inputs, Options
@@ -26,8 +26,8 @@ def _single_plan(v: Inputs, options: Options, layout: Layout) -> Plan | None:
     """The plan of a sequence of one step in one launch; None if it is to be computed as any other."""
     if not fits_one_launch(v, options, layout):
         return None
-    if options.plan:
-        config = Config.decode(options.plan.split("|")[0])
+    if options.plans:
+        config = options.plans.forward
         return Plan(config, GIVEN) if config.placement == "single" else None
     device = kernel_device(v.w_hh.device)
     if isinstance(device, NoPlan):
@@ -47,7 +47,7 @@ def problem_of(which: str, v: Inputs, options: Options, batch: int) -> Problem:
 
 def refusal(v: Inputs, options: Options) -> str:
     """Why no kernel runs this layer, whatever its sizes; "" if one may."""
-    if options.plan:
+    if options.plans:
         return ""
     device = kernel_device(v.x.device)
     dtype = str(v.w_hh.dtype).removeprefix("torch.")
@@ -68,11 +68,10 @@ def choose_plan(which: str, v: Inputs, options: Options) -> Plan:
     layout, hidden_size = options.layout(v.x), v.w_hh.shape[2]
     if which == "forward" and (single := _single_plan(v, options, layout)) is not None:
         return single
-    if options.plan:
-        texts = options.plan.split("|")
-        if len(texts) != len(PASSES):
-            raise ValueError(f"a plan is two configs with a | between them, got {options.plan!r}")
-        config = Config.decode(texts[PASSES.index(which)])
+    if options.plans:
+        config = options.plans.forward if which == "forward" else options.plans.backward
+        if config is None:
+            raise ValueError("a plan is two configs with a | between them: there is none of the backward pass")
         if config.placement == "local" and config.block_h < hidden_size:
             raise ValueError(f"placement 'local' needs block_h >= H = {hidden_size}, got {config.block_h}")
         return Plan(config, GIVEN)

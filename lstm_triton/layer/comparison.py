@@ -21,7 +21,7 @@ from ..planning.precision import matmul_precision
 from ..reference import layer as reference
 from . import backward as backward_pass
 from . import forward as forward_pass
-from .records import DIFFERENTIABLE, OF_SETS, Cotangents, Inputs, Options
+from .records import DIFFERENTIABLE, OF_SETS, Cotangents, Inputs, Kept, Options, Plans
 
 ROWS, STEPS = 3, 3
 # How far off a result may be: as a part of its size, and in units of what one rounding of every input changes in it,
@@ -56,8 +56,7 @@ def complaint(one: Pass, forward: Config, backward: Config | None) -> str:
 
     Raises what a launch raises, and Incomparable.
     """
-    plan = f"{forward.encode()}|{(backward or forward).encode()}"
-    ours, device = replace(one.options, plan=plan, time_begin=0), one.v.x.device
+    ours, device = replace(one.options, plans=Plans(forward, backward), time_begin=0), one.v.x.device
 
     def compare(seed: int) -> str:
         guard = torch.accelerator.device_index(device.index)
@@ -140,8 +139,8 @@ def _compare_backward(
     of_rows = (draw(one, like) for one, like in zip(given[3:], (forward.gates, forward.cells)))
     cotangents = Cotangents(*of_states, *(None if one is None else _live(one, tiny, options) for one in of_rows))
     on_device = Cotangents(*(None if one is None else one.to(device) for one in cotangents))
-    kept = forward.out, forward.gates, forward.cells, forward.stats
-    ours = backward_pass.backward(there, options, *kept, on_device, asked)
+    kept = Kept(forward.out, forward.gates, forward.cells, forward.stats)
+    ours = backward_pass.backward(there, options, kept, on_device, asked)
 
     def gradients(v: Inputs) -> tuple[Tensor, ...]:
         leaves = [getattr(v, name).requires_grad_() for name in names]
@@ -166,7 +165,7 @@ def _by_pytorch(v: Inputs, options: Options) -> tuple[Tensor, ...]:
         v = v._replace(**doubled)
     bidirectional = options.order != "forward"
     out, h_n, c_n, gates, cells = reference.ensemble_forward(
-        *v, batch_first=options.batch_first, bidirectional=bidirectional, cell=options.cell
+        v, batch_first=options.batch_first, bidirectional=bidirectional, cell=options.cell
     )
     if one_way:
         out = out.unflatten(-1, (2 * sets, hidden_size))[:, :, 1::2].flatten(2)

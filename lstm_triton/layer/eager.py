@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import op
-from .records import TENSORS
+from .records import Inputs
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 
@@ -55,8 +55,9 @@ class LSTMLayer(torch.autograd.Function):
 
 def layer(*arguments):
     """`op.layer`, by the operator only where that would be noticed."""
-    if not unobserved(arguments[:TENSORS]):
+    tensors = arguments[: len(Inputs._fields)]
+    if not unobserved(tensors):
         return op.layer(*arguments)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:TENSORS]):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return LSTMLayer.apply(*arguments)
     return op.compute_layer(*arguments)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference import layer as reference
 from . import op as op  # registers the operators
-from .records import TENSORS, cell_of
+from .records import Choices, Inputs, read
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -29,19 +29,19 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, options = arguments[:TENSORS], arguments[TENSORS:]
-    batch_first, bidirectional, keep, batch_invariant, _, _, cell = options
-    if batch_invariant:
+    v, choices = read(arguments, Inputs, Choices)
+    options = choices.options()
+    if options.batch_invariant:
         raise RuntimeError("batch_invariant has no decomposition: no other GEMM promises it")
-    if keep != "nothing":
+    if options.keep.kind != "nothing":
         raise RuntimeError("only an inference program has a decomposition: export under torch.no_grad()")
     from torch._higher_order_ops.scan import scan
 
-    loop = scan if tensors[0].shape[0 if not batch_first else 1] != 1 else reference._loop
+    loop = scan if options.layout(v.x).seq_len != 1 else reference._loop
     # Numbers of the cell are constants: TorchDynamo would make inputs of those that differ from an earlier program's.
     with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
         results = reference.ensemble_forward(
-            *tensors, batch_first=batch_first, bidirectional=bidirectional, cell=cell_of(cell), loop=loop
+            v, batch_first=options.batch_first, bidirectional=options.bidirectional, cell=options.cell, loop=loop
         )
-    nothing = tensors[0].new_zeros(0)
+    nothing = v.x.new_zeros(0)
     return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone(), nothing.clone())

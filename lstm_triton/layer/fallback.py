@@ -11,7 +11,7 @@ from ..planning.device import on_gpu
 from ..planning.route import warn_once_of_the_loop
 from ..planning.transforms import transformed
 from ..reference import layer as reference
-from .records import DIFFERENTIABLE, Inputs, LayerResult
+from .records import DIFFERENTIABLE, Cotangents, Inputs, LayerResult, Options
 
 
 def without_kernels(
@@ -21,7 +21,7 @@ def without_kernels(
     directions = 2 if bidirectional else 1
     marked = v.lengths is not None or v.reset is not None or v.peephole is not None or v.gain_ih is not None
     if marked or cell != PLAIN_CELL or v.x.dim() == 4 or v.w_ih.shape[0] != directions:
-        found = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
+        found = reference.ensemble_forward(v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
         return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
     batch = v.x.shape[0] if batch_first else v.x.shape[1]
     zeros = v.x.new_zeros((directions, batch, v.w_hh.shape[2]))
@@ -35,56 +35,47 @@ def without_kernels(
 
 
 def layer_by_pytorch(
-    tensors: tuple, batch_first: bool, bidirectional: bool, cell: Cell, recompute: str, by_aten: bool
+    v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, recompute: str, by_aten: bool
 ) -> LayerResult:
     """One layer by aten or step by step in plain PyTorch; whole once more in backward if anything is to be recomputed.
 
     (Not under torch.func's transforms, which do not go with the hooks that this takes.)
     """
 
-    def run(*given):
+    def run(*tensors):
+        own = Inputs(*tensors)
         if by_aten:
-            return (*without_kernels(Inputs(*given), batch_first, bidirectional, training=True), None, None)
-        return reference.ensemble_forward(*given, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
+            return (*without_kernels(own, batch_first, bidirectional, training=True), None, None)
+        return reference.ensemble_forward(own, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
 
     if recompute != "none" and not transformed():
-        return LayerResult(*checkpoint(run, *tensors, use_reentrant=False))
-    return LayerResult(*run(*tensors))
+        return LayerResult(*checkpoint(run, *v, use_reentrant=False))
+    return LayerResult(*run(*v))
 
 
-def gradients_with_a_graph(
-    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, wanted: list[bool]
-) -> list[Tensor]:
+def gradients_with_a_graph(given: Cotangents, v: Inputs, options: Options, wanted: list[bool]) -> list[Tensor]:
     """The wanted gradients as functions that autograd can differentiate again: step by step."""
     if on_gpu(v.x.device):
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
-    if cell.grad_clip:
+    if options.cell.grad_clip:
         raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
-    return _gradients(cotangents, v, batch_first, bidirectional, cell, wanted, True)
+    return _gradients(given, v, options, wanted, True)
 
 
-def gradients_by_pytorch(
-    cotangents: list[Tensor | None], v: Inputs, batch_first: bool, bidirectional: bool, cell: Cell, wanted: list[bool]
-) -> list[Tensor]:
+def gradients_by_pytorch(given: Cotangents, v: Inputs, options: Options, wanted: list[bool]) -> list[Tensor]:
     """The wanted gradients where no config of the backward pass is left: step by step."""
     with torch.enable_grad():
         floating = {name: t for name, t in v._asdict().items() if t is not None and t.is_floating_point()}
         leaves = v._replace(**{name: tensor.detach().requires_grad_() for name, tensor in floating.items()})
-        return _gradients(cotangents, leaves, batch_first, bidirectional, cell, wanted, False)
+        return _gradients(given, leaves, options, wanted, False)
 
 
-def _gradients(
-    cotangents: list[Tensor | None],
-    v: Inputs,
-    batch_first: bool,
-    bidirectional: bool,
-    cell: Cell,
-    wanted: list[bool],
-    create_graph: bool,
-) -> list[Tensor]:
-    results = reference.ensemble_forward(*v, batch_first=batch_first, bidirectional=bidirectional, cell=cell)
-    inputs = [getattr(v, name) for name in DIFFERENTIABLE]
-    pairs = [(result, given.to(result.dtype)) for result, given in zip(results, cotangents) if given is not None]
-    targets = [tensor for tensor, want in zip(inputs, wanted) if want and tensor is not None]
-    given = [result for result, _ in pairs], targets, [cotangent for _, cotangent in pairs]
-    return list(torch.autograd.grad(*given, create_graph=create_graph, materialize_grads=True))
+def _gradients(given: Cotangents, v: Inputs, options: Options, wanted: list[bool], create_graph: bool) -> list[Tensor]:
+    results = reference.ensemble_forward(
+        v, batch_first=options.batch_first, bidirectional=options.bidirectional, cell=options.cell
+    )
+    pairs = [(result, d.to(result.dtype)) for result, d in zip(results, given) if d is not None]
+    asked = (getattr(v, name) for name, want in zip(DIFFERENTIABLE, wanted) if want)
+    targets = [tensor for tensor in asked if tensor is not None]
+    outputs, cotangents = [result for result, _ in pairs], [d for _, d in pairs]
+    return list(torch.autograd.grad(outputs, targets, cotangents, create_graph=create_graph, materialize_grads=True))

@@ -62,7 +62,7 @@ def _ensure(one: Pass) -> bool:
     """Whether such a call is new in this process."""
     v, options, batch = one.v, one.options, one.options.layout(one.v.x).batch
     binary = _binary(one)
-    call = v.x.device, bucket_of_batch(batch), options.batch_invariant, options.plan, binary
+    call = v.x.device, bucket_of_batch(batch), options.batch_invariant, options.plans, binary
     if call in _settled:
         return False
     device = kernel_device(v.x.device)

@@ -33,7 +33,7 @@ config" in the notation of `Config.encode`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,49 +50,22 @@ from . import first_use, windows
 from . import forward as forward_pass
 from .choice import refusal
 from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
-from .records import DIFFERENTIABLE, TENSORS, Cotangents, Inputs, Options, c_dtype_of, cell_of, options_of, window_size
+from .records import DIFFERENTIABLE, Choices, Cotangents, Inputs, Kept, Options, read, schema_of
 
 Result = TypeVar("Result")
 
 
-def compute_layer(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    peephole: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    norm_c: Tensor | None,
-    seed: Tensor | None,
-    batch_first: bool,
-    bidirectional: bool,
-    keep: str,
-    batch_invariant: bool,
-    precision: str,
-    plan: str,
-    cell: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, h_n, c_n and what `keep` says; see the module's docstring."""
-    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
-    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
-    options = options_of(batch_first, bidirectional, batch_invariant, precision, plan, cell)
+def compute_layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of `Inputs` and `Choices`: out, h_n, c_n and what `keep` says; see the module's docstring."""
+    v, choices = read(arguments, Inputs, Choices)
+    options = choices.options()
     reason = refusal(v, options)
-    if reason and (keep != "nothing" or batch_invariant or plan):
+    if reason and (options.keep.kind != "nothing" or options.batch_invariant or options.plans):
         raise RuntimeError(f"lstm_triton: {reason}")
     if reason:
-        nothing = x.new_empty(0)
-        return (
-            *without_kernels(v, batch_first, bidirectional, options.cell), nothing, nothing.clone(), nothing.clone()
-        )  # fmt: skip
-    c_dtype = c_dtype_of(x, batch_invariant)
-    return _on_kernels(v, lambda: _keeping(v, options, keep, c_dtype))
+        found = without_kernels(v, options.batch_first, options.bidirectional, options.cell)
+        return *found, *(v.x.new_empty(0) for _ in range(3))
+    return _on_kernels(v, lambda: _keeping(v, options))
 
 
 def _on_kernels(v: Inputs, run: Callable[[], Result]) -> Result:
@@ -113,157 +86,128 @@ def _on_kernels(v: Inputs, run: Callable[[], Result]) -> Result:
         raise
 
 
-def _keeping(
-    v: Inputs, options: Options, keep: str, c_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _keeping(v: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A layer by the kernels: out, h_n, c_n and what `keep` says."""
-    size, nothing = window_size(keep), v.x.new_empty(0)
+    (kind, size), nothing, c_dtype = options.keep, v.x.new_empty(0), options.c_dtype(v.x)
     empty = (nothing, nothing.clone(), nothing.clone())
     if size:
         out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
         assert at_h is not None
         assert at_c is not None
         return out, h_n, c_n, at_h, at_c, nothing
-    if keep == "nothing":
+    if kind == "nothing":
         size = windows.size_without_gradient(v.x, v.w_hh, options.batch_first)
         if size < options.layout(v.x).seq_len:
             out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
             return out, h_n, c_n, *empty
-    save = keep != "nothing"
+    save = kind != "nothing"
     first_use.ensure_forward(v, options, save, c_dtype)
     with matmul_precision(v.x.dtype, options.precision):
         out, h_n, c_n, gates, cells, stats = forward_pass.forward(v, options, save, c_dtype)
-    kept = gates if keep == "all" else None, cells, stats
+    kept = gates if kind == "all" else None, cells, stats
     return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
 
 
-layer = torch.library.custom_op("lstm_triton::layer", compute_layer, mutates_args=())
+layer = torch.library.custom_op(
+    "lstm_triton::layer",
+    compute_layer,
+    mutates_args=(),
+    schema=f"({', '.join(schema_of(Inputs) + schema_of(Choices))}) -> ({', '.join(['Tensor'] * 6)})",
+)
 
 
 @layer.register_fake
-def _(
-    x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, peephole, gain_ih, gain_hh, norm_c, seed,
-    batch_first, bidirectional, keep, batch_invariant, precision, plan, cell,
-):  # fmt: skip
-    (sets, gate_size, hidden_size), (first, second) = w_hh.shape, x.shape[:2]
-    batch, seq_len = (first, second) if batch_first else (second, first)
-    state = (sets, batch, hidden_size)
+def _(*arguments):
+    v, choices = read(arguments, Inputs, Choices)
+    options, x = choices.options(), v.x
+    (sets, gate_size, hidden_size), (first, second) = v.w_hh.shape, x.shape[:2]
+    layout, (kind, size) = options.layout(x), options.keep
+    state = (sets, layout.batch, hidden_size)
     out, h_n = x.new_empty((first, second, sets * hidden_size)), x.new_empty(state)
-    c_n = x.new_empty(state, dtype=c_dtype_of(x, batch_invariant))
-    size = window_size(keep)
+    c_n = x.new_empty(state, dtype=options.c_dtype(x))
     if size:
-        border = (windows.count(seq_len, size), *state)
+        border = (windows.count(layout.seq_len, size), *state)
         at_h, at_c = x.new_empty(border), x.new_empty(border, dtype=compute_dtype(x.dtype))
         return out, h_n, c_n, at_h, at_c, x.new_empty(0)
     rows = (first * second, sets)
-    gates = x.new_empty((*rows, gate_size) if keep == "all" else 0)
+    gates = x.new_empty((*rows, gate_size) if kind == "all" else 0)
     stats = x.new_empty(0)
-    if gain_hh is not None and keep != "nothing":
+    if v.gain_hh is not None and kind != "nothing":
         stats = x.new_empty((*rows, 4), dtype=compute_dtype(x.dtype))
-    return out, h_n, c_n, gates, x.new_empty(0 if keep == "nothing" else (*rows, hidden_size)), stats
+    return out, h_n, c_n, gates, x.new_empty(0 if kind == "nothing" else (*rows, hidden_size)), stats
 
 
-def compute_layer_backward(
-    dout: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dgates: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    peephole: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    norm_c: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    kept_1: Tensor,
-    kept_2: Tensor,
-    kept_3: Tensor,
-    batch_first: bool,
-    bidirectional: bool,
-    keep: str,
-    batch_invariant: bool,
-    precision: str,
-    plan: str,
-    cell: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """The wanted ones of the gradients of `records.DIFFERENTIABLE`, in that order and in the types of their inputs."""
-    variants = (peephole, gain_ih, gain_hh, norm_c, seed)
-    v = Inputs(x, w_ih, w_hh, bias, h_0, c_0, lengths, reset, reset_h, reset_c, *variants)
-    options = options_of(batch_first, bidirectional, batch_invariant, precision, plan, cell)
-    given, asked = Cotangents(dout, dh_n, dc_n, dgates, dcells), dict(zip(DIFFERENTIABLE, wanted))
-    size = window_size(keep)
+def compute_layer_backward(*arguments: Any) -> list[Tensor]:
+    """Of `Cotangents`, `Inputs`, `Kept`, `Choices` and which are wanted of `records.DIFFERENTIABLE`: these gradients,
+    in that order and in the types of their inputs."""
+    given, v, kept, choices, wanted = read(arguments, Cotangents, Inputs, Kept, Choices)
+    options, asked = choices.options(), dict(zip(DIFFERENTIABLE, wanted))
 
     def run() -> dict[str, Tensor]:
-        if size:
-            return windows.backward(v, options, size, kept_1, kept_2, given, asked)
+        if options.keep.size:
+            return windows.backward(v, options, kept.gates, kept.cells, given, asked)
         first_use.ensure_backward(v, options, given, asked)
         with matmul_precision(v.x.dtype, options.precision):
-            gates = backward_pass.recomputed_gates(v, options, out, kept_2) if keep == "cells" else kept_1
-            return backward_pass.backward(v, options, out, gates, kept_2, kept_3, given, asked)
+            again = options.keep.kind == "cells"
+            gates = backward_pass.recomputed_gates(v, options, kept.out, kept.cells) if again else kept.gates
+            return backward_pass.backward(v, options, kept._replace(gates=gates), given, asked)
 
     found = _on_kernels(v, run)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
-layer_backward = torch.library.custom_op("lstm_triton::layer_backward", compute_layer_backward, mutates_args=())
+_BACKWARD = (*schema_of(Cotangents, "d"), *schema_of(Inputs), *schema_of(Kept), *schema_of(Choices), "bool[] wanted")
+layer_backward = torch.library.custom_op(
+    "lstm_triton::layer_backward",
+    compute_layer_backward,
+    mutates_args=(),
+    schema=f"({', '.join(_BACKWARD)}) -> Tensor[]",
+)
 
 
 @layer_backward.register_fake
-def _(dout, dh_n, dc_n, dgates, dcells, *rest):
-    v, asked = Inputs(*rest[:TENSORS]), zip(DIFFERENTIABLE, rest[-1])
-    return [torch.empty_like(getattr(v, n), memory_format=torch.contiguous_format) for n, want in asked if want]
+def _(*arguments):
+    _, v, _, _, wanted = read(arguments, Cotangents, Inputs, Kept, Choices)
+    asked = (name for name, want in zip(DIFFERENTIABLE, wanted) if want)
+    return [torch.empty_like(getattr(v, name), memory_format=torch.contiguous_format) for name in asked]
 
 
 def setup_context(ctx, inputs, output) -> None:
     """What the backward pass of a layer needs."""
-    out, _, _, *kept = output
-    tensors, options = inputs[:TENSORS], inputs[TENSORS:]
+    out, _, _, gates, cells, stats = output
+    v, choices = read(inputs, Inputs, Choices)
     ctx.set_materialize_grads(False)
-    differentiable = {"all": 2, "cells": 2}.get(options[2], 0)
-    constant = kept[differentiable:] if options[2] != "cells" else [kept[0], kept[2]]  # that first one is empty
+    constant = {"all": (stats,), "cells": (gates, stats)}.get(choices.keep, (gates, cells, stats))
     ctx.mark_non_differentiable(*constant)
-    ctx.save_for_backward(*tensors, out, *kept)
-    ctx.options = options
+    ctx.save_for_backward(*v, *Kept(out, gates, cells, stats))
+    ctx.choices = choices
 
 
 def gradients(
     ctx, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], run: Callable[..., list[Tensor]]
 ) -> tuple[Tensor | None, ...]:
     """Those of all arguments of a layer. saved: ctx's tensors; run: `compute_layer_backward`, or its operator."""
-    keep = ctx.options[2]
-    if keep == "nothing":
+    choices, (v, kept) = ctx.choices, read(saved, Inputs, Kept)
+    if choices.keep == "nothing":
         raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
     needed = dict(zip(Inputs._fields, ctx.needs_input_grad))
     wanted = [needed[name] for name in DIFFERENTIABLE]
-    given = list(cotangents[:-1])  # the moments of layer normalisation are constants
+    given = Cotangents(*cotangents[:-1])  # the moments of layer normalisation are constants
     if all(cotangent is None for cotangent in given):
         return (None,) * len(ctx.needs_input_grad)
-    batch_first, bidirectional, *_, cell = ctx.options
-    plainly = given, Inputs(*saved[:TENSORS]), batch_first, bidirectional, cell_of(cell), wanted
     if torch.is_grad_enabled():  # create_graph=True
-        found = gradients_with_a_graph(*plainly)
+        found = gradients_with_a_graph(given, v, choices.options(), wanted)
     else:
         try:
-            found = run(*given, *saved, *ctx.options, wanted)
+            found = run(*given, *v, *kept, *choices, wanted)
         except Unusable as error:
             # Too late for another path of the whole call; and training goes on.
-            if keep.startswith("chunk") or ctx.options[5]:
+            if choices.plan or choices.options().keep.size:
                 raise
             warn_once_of_the_loop(f"no config of a backward pass is left: {error}")
-            found = gradients_by_pytorch(*plainly)
+            found = gradients_by_pytorch(given, v, choices.options(), wanted)
     grads = dict(zip((name for name, want in zip(DIFFERENTIABLE, wanted) if want), found))
-    return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(ctx.options))
+    return (*(grads.get(name) for name in Inputs._fields), *(None,) * len(Choices._fields))
 
 
 layer.register_autograd(

@@ -1,47 +1,58 @@
 """What a layer is given and what it gives: the records that the operators, their rules and both passes share.
 
-Shapes are those of `op.py`.
+An operator's arguments are the fields of some records, one after the other: `schema_of` makes its schema of them, and
+`read` makes them of its arguments. Shapes are those of `op.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..kernels.config import PLAIN_CELL, Cell, Layout, compute_dtype
+from ..kernels.config import PLAIN_CELL, Cell, Config, Layout, compute_dtype
 from ..kernels.matmul import matmul
 from ..planning.precision import resolve_precision
+from ..reference.layer import Inputs as Inputs
 
-WEIGHTS = ("peephole", "gain_ih", "gain_hh", "norm_c")  # of the variants of the cell
-DIFFERENTIABLE = ("x", "w_ih", "w_hh", "bias", "h_0", "c_0", "reset_h", "reset_c", *WEIGHTS)
-OF_SETS = (*DIFFERENTIABLE[1:], "seed")  # their first axis counts the sets of weights
-KEEPS = ("nothing", "all", "cells")
-
-
-class Inputs(NamedTuple):
-    """The tensors of one layer; see `op.py`."""
-
-    x: Tensor
-    w_ih: Tensor
-    w_hh: Tensor
-    bias: Tensor | None
-    h_0: Tensor | None
-    c_0: Tensor | None
-    lengths: Tensor | None
-    reset: Tensor | None
-    reset_h: Tensor | None
-    reset_c: Tensor | None
-    peephole: Tensor | None
-    gain_ih: Tensor | None
-    gain_hh: Tensor | None
-    norm_c: Tensor | None
-    seed: Tensor | None
+OF_THE_CALL = ("lengths", "reset", "seed")  # have no gradient
+STATES = ("h_0", "c_0", "reset_h", "reset_c")
+DIFFERENTIABLE = tuple(name for name in Inputs._fields if name not in OF_THE_CALL)
+OF_SETS = tuple(n for n in Inputs._fields if n not in ("x", "lengths", "reset"))  # their first axis counts the sets
+OF_WEIGHTS = tuple(name for name in DIFFERENTIABLE if name not in ("x", *STATES))
+WEIGHTS = OF_WEIGHTS[3:]  # of the variants of the cell
 
 
-TENSORS = len(Inputs._fields)
+class Choices(NamedTuple):
+    """How an operator is called, in types that its schema knows; see `op.py`. Behind it they are `Options`."""
+
+    batch_first: bool = False
+    bidirectional: bool = False
+    keep: str = "nothing"
+    batch_invariant: bool = False
+    precision: str = ""
+    plan: str = ""
+    cell: str = ""
+
+    def options(self) -> Options:
+        """What they say; ValueError for a text that says nothing. The precision is that of the moment."""
+        return _options(self, resolve_precision(self.precision))
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves for the backward one: out, and what `keep` says.
+
+    Activated gates, cells and moments; or with "chunk:K" in place of the first two h and c entering each window.
+    """
+
+    out: Tensor
+    gates: Tensor
+    cells: Tensor
+    stats: Tensor | None
 
 
 class Results(NamedTuple):
@@ -75,25 +86,53 @@ class LayerResult(NamedTuple):
     cells: Tensor | None
 
 
+class Keep(NamedTuple):
+    """kind: "nothing", "all", "cells" or "chunk"; size: steps of a window of the last, 0 for the others."""
+
+    kind: str
+    size: int = 0
+
+
+NOTHING = Keep("nothing")
+
+
+class Plans(NamedTuple):
+    """Configs that an argument gives; None for one that it does not."""
+
+    forward: Config
+    backward: Config | None
+
+
 @dataclass(frozen=True)
 class Options:
     """How a layer is computed.
 
-    order: which sets of weights run in reverse, "forward", "reverse" or "both". time_begin: time of the first step,
-    where this is a window of a longer sequence.
+    order: which sets of weights run in reverse, "forward", "reverse" or "both". precision: "ieee", "tf32" or "tf32x3".
+    plans: None for the planner's choice. time_begin: time of the first step, where this is a window of a longer
+    sequence.
     """
 
-    batch_first: bool
-    order: str
-    batch_invariant: bool
-    precision: str
-    plan: str
-    cell: Cell
+    batch_first: bool = False
+    order: str = "forward"
+    keep: Keep = NOTHING
+    batch_invariant: bool = False
+    precision: str = "ieee"
+    plans: Plans | None = None
+    cell: Cell = PLAIN_CELL
     time_begin: int = 0
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether every second set of weights runs in reverse."""
+        return self.order == "both"
 
     def layout(self, x: Tensor) -> Layout:
         batch, seq_len = (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
         return Layout(batch, seq_len, self.batch_first)
+
+    def c_dtype(self, x: Tensor) -> torch.dtype:
+        """Of c_n."""
+        return compute_dtype(x.dtype) if self.batch_invariant else x.dtype
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a [D, M, K] @ b [D, K, N], or both without D."""
@@ -104,24 +143,51 @@ class Options:
         return torch.stack([matmul(one, other, None, self.precision) for one, other in zip(a, b)])
 
 
-def window_size(keep: str) -> int:
-    """K of "chunk:K", 0 for the others; ValueError for what is none of them."""
-    kind, colon, size = keep.partition(":")
-    if keep not in KEEPS and not (kind == "chunk" and colon and size.isdecimal() and int(size) > 0):
-        raise ValueError(f"keep should be one of {', '.join(map(repr, KEEPS))} or 'chunk:K', got: {keep!r}")
-    return int(size or 0)
+@lru_cache(maxsize=1024)
+def _options(choices: Choices, precision: str) -> Options:
+    return Options(
+        choices.batch_first,
+        "both" if choices.bidirectional else "forward",
+        keep_of(choices.keep),
+        choices.batch_invariant,
+        precision,
+        plans_of(choices.plan),
+        Cell.decode(choices.cell) if choices.cell else PLAIN_CELL,
+    )
 
 
-def cell_of(text: str) -> Cell:
-    return Cell.decode(text) if text else PLAIN_CELL
+def keep_of(text: str) -> Keep:
+    kind, colon, size = text.partition(":")
+    if not colon and kind in ("nothing", "all", "cells"):
+        return Keep(kind)
+    if kind != "chunk" or not size.isdecimal() or int(size) == 0:
+        raise ValueError(f"keep should be one of 'nothing', 'all', 'cells' or 'chunk:K', got: {text!r}")
+    return Keep(kind, int(size))
 
 
-def options_of(
-    batch_first: bool, bidirectional: bool, batch_invariant: bool, precision: str, plan: str, cell: str
-) -> Options:
-    order = "both" if bidirectional else "forward"
-    return Options(batch_first, order, batch_invariant, resolve_precision(precision), plan, cell_of(cell))
+def plans_of(text: str) -> Plans | None:
+    """A forward pass of one step in one launch may come alone."""
+    if not text:
+        return None
+    texts = text.split("|")
+    if len(texts) != 2 and not (len(texts) == 1 and "placement=single" in text):
+        raise ValueError(f"a plan is two configs with a | between them, got {text!r}")
+    configs = [Config.decode(one) for one in texts]
+    return Plans(configs[0], configs[1] if len(configs) > 1 else None)
 
 
-def c_dtype_of(x: Tensor, batch_invariant: bool) -> torch.dtype:
-    return compute_dtype(x.dtype) if batch_invariant else x.dtype
+def read(arguments: Sequence[Any], *records: Any) -> tuple[Any, ...]:
+    """An operator's arguments as these records, and what follows them one by one."""
+    found, at = [], 0
+    for record in records:
+        found.append(record(*arguments[at : at + len(record._fields)]))
+        at += len(record._fields)
+    return (*found, *arguments[at:])
+
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", str: "str", list[bool]: "bool[]"}
+
+
+def schema_of(record: Any, prefix: str = "") -> list[str]:
+    """The arguments that a record's fields are in the schema of an operator."""
+    return [f"{_SCHEMA[hint]} {prefix}{name}" for name, hint in get_type_hints(record).items()]

@@ -21,11 +21,10 @@ from ..planning.problem import PASSES, Problem, ceil_div
 from ..planning.route import kernel_device, plan_for
 from . import op
 from .choice import kind_of
-from .records import OF_SETS, TENSORS, WEIGHTS, Inputs, cell_of
+from .records import OF_SETS, OF_WEIGHTS, Choices, Inputs, read
 
 # For each of `Inputs` the axis that is mapped over, None for none: as vmap hands it over.
 Dims = Sequence[int | None]
-OF_WEIGHTS = ("w_ih", "w_hh", "bias", *WEIGHTS)
 
 
 def _in_front(tensor: Tensor, dim: int | None, members: int) -> Tensor:
@@ -46,17 +45,18 @@ def _one_by_one(run: Callable[..., Any], members: int, dims: Dims, arguments: tu
 
 @op.layer.register_vmap
 def _(info, in_dims, *arguments):
-    members, dims = info.batch_size, Inputs(*in_dims[:TENSORS])
-    v, options = Inputs(*arguments[:TENSORS]), arguments[TENSORS:]
+    members, (dims, _), (v, choices) = (
+        info.batch_size, read(in_dims, Inputs, Choices), read(arguments, Inputs, Choices)
+    )  # fmt: skip
     if dims.lengths is not None or dims.reset is not None:
         return _one_by_one(torch.ops.lstm_triton.layer, members, in_dims, arguments)
-    cell = cell_of(options[-1])
+    cell = choices.options().cell
     # Masks are drawn by the row of the batch: members of one seed share them only as sets of weights.
     if not cell.draws and all(getattr(dims, name) is None for name in OF_WEIGHTS):
-        return _as_rows(members, dims, v, options)
+        return _as_rows(members, dims, v, choices)
     if cell.sampled and cell.variational_x and dims.x is None:  # a mask of its own for every member
         v, dims = v._replace(x=v.x.expand(members, *v.x.shape)), dims._replace(x=0)
-    return _as_sets(members, dims, v, options)
+    return _as_sets(members, dims, v, choices)
 
 
 def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precision: str, kind: str = "plain") -> int:
@@ -85,16 +85,16 @@ def members_per_launch(members: int, sets: int, w_hh: Tensor, batch: int, precis
     return min(counts, key=estimate)  # the first, and so the largest, of equals
 
 
-def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
+def _as_sets(members: int, dims: Any, v: Any, choices: Choices) -> tuple[tuple, tuple]:
     """All members in one launch, or group by group."""
     w_hh = v.w_hh if dims.w_hh is None else v.w_hh.select(dims.w_hh, 0)
-    axis = 0 if options[0] else 1
+    axis = 0 if choices.batch_first else 1
     batch = (v.x if dims.x is None else v.x.select(dims.x, 0)).shape[axis]
-    *_, precision, plan, cell = options
-    kind = kind_of(v, cell_of(cell))
-    count = members if plan else members_per_launch(members, w_hh.shape[0], w_hh, batch, precision, kind)
+    kind = kind_of(v, choices.options().cell)
+    sets, plan, precision = w_hh.shape[0], choices.plan, choices.precision
+    count = members if plan else members_per_launch(members, sets, w_hh, batch, precision, kind)
     if count == members:
-        return _one_launch(members, dims, v, options)
+        return _one_launch(members, dims, v, choices)
     groups = []
     for start in range(0, members, count):
         size = min(count, members - start)
@@ -102,7 +102,7 @@ def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
             name: tensor if dim is None or tensor is None else tensor.narrow(dim, start, size)
             for (name, tensor), dim in zip(v._asdict().items(), dims)
         }
-        groups.append(_one_launch(size, dims, v._replace(**of_group), options))
+        groups.append(_one_launch(size, dims, v._replace(**of_group), choices))
     where = groups[0][1]
     results = [
         parts[0] if dim is None else torch.cat(parts, dim) for parts, dim in zip(zip(*(g for g, _ in groups)), where)
@@ -110,7 +110,7 @@ def _as_sets(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tu
     return tuple(results), where
 
 
-def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
+def _one_launch(members: int, dims: Any, v: Any, choices: Choices) -> tuple[tuple, tuple]:
     merged = {}
     for name in OF_SETS:
         tensor = getattr(v, name)
@@ -120,7 +120,7 @@ def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple,
     if dims.x is not None or inner:
         x = _in_front(x, dims.x, members).movedim(0, 2)
         x = x.flatten(2, 3) if inner else x
-    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged, x=x), *options)
+    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged, x=x), *choices)
     sets = (members, -1)
     results: list[Tensor] = [out.unflatten(-1, sets), h_n.unflatten(0, sets), c_n.unflatten(0, sets)]
     where: list[int | None] = [2, 0, 0]
@@ -130,15 +130,15 @@ def _one_launch(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple,
     return tuple(results), tuple(where)
 
 
-def _as_rows(members: int, dims: Any, v: Any, options: tuple) -> tuple[tuple, tuple]:
-    batch_axis = 0 if options[0] else 1
+def _as_rows(members: int, dims: Any, v: Any, choices: Choices) -> tuple[tuple, tuple]:
+    batch_axis = 0 if choices.batch_first else 1
     axes = dict(x=batch_axis, reset=batch_axis, lengths=0, h_0=1, c_0=1, reset_h=1, reset_c=1)
     merged = {}
     for name, axis in axes.items():
         tensor = getattr(v, name)
         if tensor is not None:
             merged[name] = _in_front(tensor, getattr(dims, name), members).movedim(0, axis).flatten(axis, axis + 1)
-    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged), *options)
+    out, h_n, c_n, *states = torch.ops.lstm_triton.layer(*v._replace(**merged), *choices)
     rows = (members, -1)
     results: list[Tensor] = [out.unflatten(batch_axis, rows), h_n.unflatten(1, rows), c_n.unflatten(1, rows)]
     where: list[int | None] = [batch_axis, 1, 1]

@@ -21,7 +21,7 @@ from ..planning.precision import matmul_precision
 from . import backward as backward_pass
 from . import first_use
 from . import forward as forward_pass
-from .records import DIFFERENTIABLE, OF_SETS, Cotangents, Inputs, Options
+from .records import DIFFERENTIABLE, OF_SETS, Cotangents, Inputs, Kept, Options
 from .sequence import ways
 
 GATE_BYTES = 64 << 20  # of a window of a forward pass that keeps nothing
@@ -108,10 +108,10 @@ def forward(
 
 
 def backward(
-    v: Inputs, options: Options, size: int, at_h: Tensor, at_c: Tensor, given: Cotangents, wanted: Mapping[str, bool]
+    v: Inputs, options: Options, at_h: Tensor, at_c: Tensor, given: Cotangents, wanted: Mapping[str, bool]
 ) -> dict[str, Tensor]:
     """As `backward.backward`, from the borders that `forward` kept."""
-    seq_len, (sets, _, hidden) = options.layout(v.x).seq_len, v.w_hh.shape
+    seq_len, size, (sets, _, hidden) = options.layout(v.x).seq_len, options.keep.size, v.w_hh.shape
     time, compute = 1 if options.batch_first else 0, compute_dtype(v.x.dtype)
     # Sums over windows are kept in the compute type; every x is in one window, of each direction.
     sums = {
@@ -138,7 +138,7 @@ def backward(
             cotangents = Cotangents(dout, dh, dc)
             first_use.ensure_backward(window, one_way, cotangents, asked)
             with matmul_precision(v.x.dtype, options.precision):
-                parts = backward_pass.backward(window, one_way, out, gates, cells, stats, cotangents, asked)
+                parts = backward_pass.backward(window, one_way, Kept(out, gates, cells, stats), cotangents, asked)
             dh, dc = parts.pop("h_0"), parts.pop("c_0")
             assert dh is not None
             assert dc is not None

@@ -29,6 +29,26 @@ from .cell import PLAIN, Variants, cell_backward, cell_forward, norm_gates
 State = tuple[Tensor, Tensor]
 
 
+class Inputs(NamedTuple):
+    """The tensors of one layer, for all its sets of weights; shapes are those of `layer/op.py`."""
+
+    x: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    bias: Tensor | None = None
+    h_0: Tensor | None = None
+    c_0: Tensor | None = None
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+    peephole: Tensor | None = None
+    gain_ih: Tensor | None = None
+    gain_hh: Tensor | None = None
+    norm_c: Tensor | None = None
+    seed: Tensor | None = None
+
+
 class Saved(NamedTuple):
     """What the backward pass reads: per step, in the order of computation, [T, D, B, ...]."""
 
@@ -169,47 +189,28 @@ def layer_forward(
 
 
 def ensemble_forward(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    peephole: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    norm_c: Tensor | None,
-    seed: Tensor | None,
-    *,
-    batch_first: bool,
-    bidirectional: bool,
-    cell: Cell,
-    loop: Callable[..., Any] = _loop,
+    v: Inputs, *, batch_first: bool, bidirectional: bool, cell: Cell, loop: Callable[..., Any] = _loop
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `layer.op` gives for keep="all": `layer_forward` for one member after another."""
     directions = 2 if bidirectional else 1
-    variants = Variants(cell, peephole, gain_ih, gain_hh, norm_c, seed)
+    variants = Variants(cell, v.peephole, v.gain_ih, v.gain_hh, v.norm_c, v.seed)
     members = []
-    for index in range(w_ih.shape[0] // directions):
+    for index in range(v.w_ih.shape[0] // directions):
         own = slice(index * directions, (index + 1) * directions)
-        own_x = x if x.dim() == 3 else x[:, :, index * x.shape[2] * directions // w_ih.shape[0]]
+        own_x = v.x if v.x.dim() == 3 else v.x[:, :, index * v.x.shape[2] * directions // v.w_ih.shape[0]]
         pairs = [
-            None if h is None or c is None else (h[own], c[own].to(x.dtype))
-            for h, c in ((h_0, c_0), (reset_h, reset_c))
+            None if h is None or c is None else (h[own], c[own].to(v.x.dtype))
+            for h, c in ((v.h_0, v.c_0), (v.reset_h, v.reset_c))
         ]
         out, h_n, c_n, saved = layer_forward(
             own_x,
-            w_ih[own],
-            w_hh[own],
-            None if bias is None else bias[own],
+            v.w_ih[own],
+            v.w_hh[own],
+            None if v.bias is None else v.bias[own],
             pairs[0],
             batch_first=batch_first,
-            lengths=lengths,
-            reset=reset,
+            lengths=v.lengths,
+            reset=v.reset,
             reset_state=pairs[1],
             variants=variants.part(own),
             loop=loop,

@@ -245,9 +245,9 @@ class Scratch:
 
     def _by_reference(self, dtype: torch.dtype) -> list[Tensor]:
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            v = x, w_ih, w_hh, None, h, c, *(None,) * 9
+            v = reference.Inputs(x, w_ih, w_hh, h_0=h, c_0=c)
             bidirectional = self.problem.directions == 2  # more are an ensemble's
-            return reference.ensemble_forward(*v, batch_first=False, bidirectional=bidirectional, cell=PLAIN_CELL)[:3]
+            return reference.ensemble_forward(v, batch_first=False, bidirectional=bidirectional, cell=PLAIN_CELL)[:3]
 
         with matmul_precision(dtype, self.problem.precision):
             return self._results(run, dtype)
@@ -257,7 +257,7 @@ class Scratch:
         text = "|".join(one.encode() for one in pair)
 
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-            v = x, w_ih, w_hh, None, h, c, *(None,) * 9
+            v = reference.Inputs(x, w_ih, w_hh, h_0=h, c_0=c)
             options = (False, self.problem.directions == 2, "all", False, self.problem.precision, text, "")
             return self.layer(*v, *options)[:3]
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lstm_triton import LSTM
-from lstm_triton.kernels.config import PLAIN_CELL
 from lstm_triton.kernels.matmul import matmul
 from lstm_triton.layer import choice as layer
 from lstm_triton.planning.device import KNOWN
@@ -62,11 +61,8 @@ def test_one_config_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the planner has several: on an H100."""
     monkeypatch.setattr(layer, "kernel_device", lambda device: KNOWN["sm_90"])
     w_hh = torch.empty(1, 4096, 1024, device="meta", dtype=torch.bfloat16)
-    options = layer.Options(False, "forward", True, "tf32", "", PLAIN_CELL)
-    nothing = dict.fromkeys(layer.Inputs._fields)
-    inputs = [
-        layer.Inputs(**{**nothing, "x": w_hh.new_empty(2, batch, 8), "w_hh": w_hh}) for batch in (1, 16, 100, 1000)
-    ]
+    options = layer.Options(batch_invariant=True, precision="tf32")
+    inputs = [layer.Inputs(x=w_hh.new_empty(2, batch, 8), w_ih=w_hh, w_hh=w_hh) for batch in (1, 16, 100, 1000)]
     invariant = {layer.choose_plan("forward", v, options).config for v in inputs}
     assert len(invariant) == 1
     plans = {

@@ -18,6 +18,7 @@ from lstm_triton.layer import backward as adjoint
 from lstm_triton.layer import forward as layer
 from lstm_triton.layer import op as ops
 from lstm_triton.layer import windows
+from lstm_triton.layer.records import Choices, Inputs, read
 
 MODES = ["none", "gates", "chunk:1", "chunk:3", "chunk:100"]
 KEEP = {"none": "all", "gates": "cells"}
@@ -202,13 +203,13 @@ def test_peak_bytes(recompute: str, batch_first: bool, monkeypatch: pytest.Monke
     )  # large against weights and states, which the formula leaves out
     given = {n: None if t is None else t.to(case.dtype) for n, t in case.tensors().items()}
     inputs = arguments(case, given, KEEP.get(recompute, recompute))
-    tensors, options = inputs[: ops.TENSORS], inputs[ops.TENSORS :]
-    with Peak([*tensors, *given.values()]) as memory:
+    v, choices = read(inputs, Inputs, Choices)
+    with Peak([*v, *given.values()]) as memory:
         out, h_n, c_n, *kept = ops.compute_layer(*inputs)
         forward = memory.peak
         cotangents = (given["dout"], h_n, c_n, None, None)
         wanted = [given[name] is not None for name in INPUTS]
-        ops.compute_layer_backward(*cotangents, *tensors, out, *kept, *options, wanted)
+        ops.compute_layer_backward(*cotangents, *v, out, *kept, *choices, wanted)
     formula = peak_bytes(case, recompute)
     assert forward <= memory.peak
     assert 0.95 * formula <= memory.peak <= 1.05 * formula, f"{memory.peak / formula:.3f} of the formula"

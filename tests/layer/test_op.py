@@ -10,7 +10,7 @@ from layers import INPUTS, Case, backward_of, run_recurrence
 from lstm_triton import functional
 from lstm_triton.kernels.config import Config
 from lstm_triton.layer import forward as layer
-from lstm_triton.layer import op as ops
+from lstm_triton.layer.records import Choices, Inputs, read
 from lstm_triton.testing.interpreter import cooperative
 
 LOCAL = Config("local", "none", True, False, 1, 16, 16, 16, 4)
@@ -81,7 +81,8 @@ def backward_arguments(case: Case, wanted: list[bool] | None = None, keep: str =
         given = case.tensors()
         wanted = [given[name] is not None for name in INPUTS]
     grads = [torch.randn_like(t) for t in (out, h_n, c_n)]
-    return (*grads, None, None, *inputs[: ops.TENSORS], out, *kept, *inputs[ops.TENSORS :], wanted)
+    v, choices = read(inputs, Inputs, Choices)
+    return (*grads, None, None, *v, out, *kept, *choices, wanted)
 
 
 @pytest.mark.parametrize("index", range(8))
