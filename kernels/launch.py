@@ -117,9 +117,19 @@ def given(how: How) -> How:
     return how if is_interpreted(runs_reversed) else _constants(how)
 
 
+class _Constants(How):
+    """Fields that are tl.constexpr. Triton hashes them at every launch, so the hash is kept."""
+
+    def __hash__(self) -> int:
+        found = self.__dict__.get("hash")
+        if found is None:
+            found = self.__dict__["hash"] = super().__hash__()
+        return found
+
+
 @lru_cache(maxsize=4096)
 def _constants(how: How) -> How:
-    return How(*map(tl.constexpr, how))
+    return _Constants(*map(tl.constexpr, how))
 
 
 def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_a_hundred_schedules_give_the_same_bits(engine: Engine, case: Case, seed
     first, traces = None, set()
     seeds = engine.share(seeds)
     if engine.compiled:  # where fp32 in full precision has no matrix unit, and takes three times as long
-        case = replace(case, dtype=torch.float16)
+        case = replace(case, dtype=torch.float16, directions=1)
     for seed in seeds:
         with engine(seed) as run:
             results = run_recurrence(case, grid(protocol))
@@ -87,7 +87,7 @@ def test_lengths_and_resets_under_schedules(engine: Engine, protocol: str) -> No
     case = Case(seq_len=5, batch=6, hidden_size=20, directions=2, lengths=True, reset=True)
     with engine(0):
         first = run_recurrence(case, grid(protocol))
-    for seed in SEEDS[1:10]:
+    for seed in SEEDS[1 : 4 if engine.compiled else 10]:
         with engine(seed):
             assert same_bits(first, run_recurrence(case, grid(protocol)))
 
