@@ -163,11 +163,7 @@ def lstm_backward_kernel(
             dc_prev += dc_old
         da = within(live, da)
         if dpeephole is not None:
-            dweights = Peephole(
-                dweights.i + tl.where(live, da.i * c_prev, 0.0),
-                dweights.f + tl.where(live, da.f * c_prev, 0.0),
-                dweights.o + tl.where(live, da.o * cells.now, 0.0),
-            )
+            dweights = with_peephole(dweights, da, cells, live)
         d = publishable_gates(da, how.dtype)
         if how.NORM:
             store_gates(dgates, offset, tile.owned, d, how)
@@ -198,9 +194,7 @@ def lstm_backward_kernel(
         if dreset.h is not None:
             tl.store(dreset.h + tile.state, dh_reset, mask=tile.owned)
     if dpeephole is not None:
-        tl.store(dpeephole + tile.state, dweights.i, mask=tile.owned)
-        tl.store(dpeephole + states + tile.state, dweights.f, mask=tile.owned)
-        tl.store(dpeephole + 2 * states + tile.state, dweights.o, mask=tile.owned)
+        store_sums(dpeephole, dweights, states, tile)
     if how.NORM:
         tl.store(norm.dnorm_c + tile.state, dgain, mask=tile.owned)
         tl.store(norm.dnorm_c + states + tile.state, dbias, mask=tile.owned)
@@ -215,6 +209,24 @@ def begin_sums(buffer, states, tile, how: tl.constexpr):
     return Peephole(
         begin_sum(buffer, tile, how), begin_sum(buffer + states, tile, how), begin_sum(buffer + 2 * states, tile, how)
     )  # fmt: skip
+
+
+@triton.jit
+def store_sums(buffer, sums, states, tile):
+    """What `begin_sums` began."""
+    tl.store(buffer + tile.state, sums.i, mask=tile.owned)
+    tl.store(buffer + states + tile.state, sums.f, mask=tile.owned)
+    tl.store(buffer + 2 * states + tile.state, sums.o, mask=tile.owned)
+
+
+@triton.jit
+def with_peephole(sums, da, cells, live):
+    """Sums of the gradients of the peephole weights, with those of one more step."""
+    return Peephole(
+        sums.i + tl.where(live, da.i * cells.prev, 0.0),
+        sums.f + tl.where(live, da.f * cells.prev, 0.0),
+        sums.o + tl.where(live, da.o * cells.now, 0.0),
+    )
 
 
 @triton.jit
