@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from .cell import lstm_forward_step
 from .config import Config, Layout
 from .launch import given, how_of, on_device_of
 from .masks import draw
-from .records import RUNTIME, Masks, Tile
+from .records import RUNTIME, Peephole, Tile
 from .tiles import (
     in_gates,
     in_sequence,
@@ -55,7 +57,10 @@ def activate_kernel(
     if c_prev is not None:
         before = load_tile(c_prev, in_sequence(rows, tile, how), owned, how)
     g_scale = draw(masks, time + time_begin, tile, how).g_scale
-    activated, _ = lstm_forward_step(a, before, of_peephole(peephole, tile, how), g_scale, limits, how)
+    weights_c = Peephole(None, None, None)
+    if peephole is not None:
+        weights_c = of_peephole(peephole, tile, how)
+    activated, _ = lstm_forward_step(a, before, weights_c, g_scale, limits, how)
     store_gates(gates, offset, owned, activated, how)
 
 
@@ -68,13 +73,12 @@ def activate(
     block_b, block_h = 16, min(128, max(16, triton.next_power_of_2(hidden_size)))
     config = Config("stepwise", "none", False, False, 1, block_b, block_h, 16, 4)
     # Only what happens between the pre-activations and the gates: the rest comes before or after.
-    drawn = variants.masks()
-    masks = Masks(seed=drawn.seed, recurrent_dropout=drawn.recurrent_dropout)
-    how = how_of(config, hidden_size, directions, order, "ieee", gates.dtype, variants)
+    own = replace(variants, cell=replace(variants.cell, zoneout_h=0, zoneout_c=0), h_mask=None)
+    how = how_of(config, hidden_size, directions, order, "ieee", gates.dtype, own)
     grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)
     with on_device_of(gates):
         activate_kernel[grid](
-            gates, c_prev, variants.peephole, masks, variants.limits(),
+            gates, c_prev, own.peephole, own.masks(), own.limits(),
             layout.batch, layout.seq_len, layout.stride_t, layout.stride_b, variants.time_begin,
             given(how),
         )  # fmt: skip

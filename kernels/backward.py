@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, rounded_product, zoneout_backward
 from .config import Config, Layout
-from .exchange import await_flags, peers_at, publish_gates, publishable_gates, raise_flag
+from .exchange import await_flags, publish_gates, publishable_gates, raise_flag
 from .launch import Launcher, Recurrence, compute_dtype, how_of, run, wide_marks
 from .masks import draw
 from .norm import load_moments, norm_backward, norm_gates_backward, norm_weights, normalised
@@ -34,6 +34,7 @@ from .records import (
     Kept,
     Norm,
     Peephole,
+    Peers,
     Resets,
     Sharing,
     Source,
@@ -83,23 +84,26 @@ def lstm_backward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps step_end - 1 .. step_begin."""
     tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)
-    peephole = of_peephole(peephole, tile, how)
-    gains = norm_weights(norm, tile, how)
+    flags = exchange.flags
+    if how.PROTOCOL == "flags":
+        flags += tile.group * how.TILES
+    weights_c = Peephole(None, None, None)
+    if peephole is not None:
+        weights_c = of_peephole(peephole, tile, how)
+    if how.NORM:
+        gains = norm_weights(norm, tile, how)
     own_mask = None
     if masks.h_mask is not None:
         own_mask = load_tile(masks.h_mask, tile.state, tile.owned, how)
     states = tl.cast(batch, tl.int64) * (how.D * how.H)  # from one sum of dpeephole, dnorm_c to the next
-    if masks.zoneout_h is not None:
-        dh_kept = begin_sum(dinitial.h, tile, how)
-        if dreset.h is not None:
-            dh_reset = begin_sum(dreset.h, tile, how)
-    if dreset.c is not None:
-        dc_reset = begin_sum(dreset.c, tile, how)
+    dh_kept, dh_reset = begin_sum(dinitial.h, tile, how), begin_sum(dreset.h, tile, how)
+    dc_reset = begin_sum(dreset.c, tile, how)
     if dpeephole is not None:
         dweights = begin_sums(dpeephole, states, tile, how)
     if how.NORM:
         dgain, dbias = begin_sum(norm.dnorm_c, tile, how), begin_sum(norm.dnorm_c + states, tile, how)
 
+    exchanged = norm.dproduct if how.NORM else dgates
     w_hh += tile.direction.to(tl.int64) * (4 * how.H * how.H)
     weights = resident_weights(w_hh, tile, how)
     dc = in_registers(weights, last_dc(incoming.final, dinitial, tile, how), step_begin < 0, how)
@@ -111,7 +115,7 @@ def lstm_backward_kernel(
         step = step_end - 1 - count
         published = (seq_len - 1 - step) * how.PUBLISHED
         at = position(step, resets.marks, tile)
-        peers = peers_at(step, exchange, tile, how)
+        peers = Peers(flags, exchange.board, step)
         # What does not depend on the other programs is asked for before waiting for them.
         offset = in_gates(at.rows, tile, how)
         gates = load_gates(kept.gates, offset, tile.owned, how)
@@ -127,20 +131,18 @@ def lstm_backward_kernel(
         dh = given_dh(incoming, at, tile, how)
 
         if how.PLACEMENT != "local":
-            dh_next = product_after(
-                norm.dproduct if how.NORM else dgates, weights, w_hh, resets.marks, seq_len, peers, tile, how
-            )
+            dh_next = product_after(exchanged, weights, w_hh, resets.marks, seq_len, peers, tile, how)
         dh += restored(dh_next if own_mask is None else dh_next * own_mask, 2, False, how)
-        if masks.zoneout_h is not None:
+        if how.ZONEOUT_H:
             dh += dh_kept
 
         live = per_row(at.active, how) & tile.owned
         if incoming.kept.cells is not None:
             dc += load_tile(incoming.kept.cells, in_sequence(at.rows, tile, how), live, how)
-        dh_new, dh_old = zoneout_backward(dh, drawn.keep_h, how.SAMPLED)
-        dc_new, dc_old = zoneout_backward(dc, drawn.keep_c, how.SAMPLED)
+        dh_new, dh_old = zoneout_backward(dh, drawn.keep_h, how.ZONEOUT_H, how.SAMPLED)
+        dc_new, dc_old = zoneout_backward(dc, drawn.keep_c, how.ZONEOUT_C, how.SAMPLED)
         cells = Cells(c_prev, c, c)
-        if limits.cell is not None or masks.zoneout_c is not None:
+        if limits.cell is not None or how.ZONEOUT_C:
             raw = candidate(gates, c_prev, drawn.g_scale, how)
             cells = Cells(c_prev, raw, clipped(raw, limits.cell))
         if how.NORM:
@@ -157,9 +159,11 @@ def lstm_backward_kernel(
         else:
             do, dseen = lstm_output_backward(gates.o, cells.now, dh_new, how.EXACT)
             dc_new += dseen
-        d = of_activated(do, incoming.kept.gates, offset, live, how)
-        da, dc_prev = lstm_backward_step(gates, cells, d, dc_new, peephole, drawn.g_scale, limits, how)
-        if masks.zoneout_c is not None:
+        d = Gates(None, None, None, do)
+        if incoming.kept.gates is not None:
+            d = with_activated(do, incoming.kept.gates, offset, live, how)
+        da, dc_prev = lstm_backward_step(gates, cells, d, dc_new, weights_c, drawn.g_scale, limits, how)
+        if how.ZONEOUT_C:
             dc_prev += dc_old
         da = within(live, da)
         if dpeephole is not None:
@@ -171,16 +175,14 @@ def lstm_backward_kernel(
                 z = load_gates(norm.product, offset, tile.owned, how)
             sharing = Sharing(pairs + 2 * how.TILES, published + 2, peers)
             d = publishable_gates(norm_gates_backward(da, z, gains.gates, of_z, live, sharing, tile, how), how.dtype)
-            publish_gates(norm.dproduct + offset, d, tile.owned, how.H, how.PROTOCOL)
-        else:
-            publish_gates(dgates + offset, d, tile.owned, how.H, how.PROTOCOL)
+        publish_gates(exchanged + offset, d, tile.owned, how.H, how.PROTOCOL)
         raise_flag(peers, tile.hidden_tile, (seq_len - step) * how.PUBLISHED, how.PROTOCOL)
 
         dc = tl.where(live, dc_prev, dc)
         if dreset.c is not None:
             dc_reset += tl.where(restart & live, dc_prev, 0.0)
         dc = unless_restarted(dc, resets.marks, restart & live)
-        if masks.zoneout_h is not None:
+        if how.ZONEOUT_H:
             dh_kept = tl.where(live, dh_old, dh_kept)
             if dreset.h is not None:
                 dh_reset += tl.where(restart & live, dh_old, 0.0)
@@ -189,18 +191,17 @@ def lstm_backward_kernel(
         if how.PLACEMENT == "local":
             dh_next = unless_restarted(local_product(stack_gates(d, how), weights, how), resets.marks, restart)
 
-    if masks.zoneout_h is not None:
-        tl.store(dinitial.h + tile.state, dh_kept, mask=tile.owned)
-        if dreset.h is not None:
-            tl.store(dreset.h + tile.state, dh_reset, mask=tile.owned)
+    store_sum(dinitial.h, dh_kept, tile)
+    store_sum(dreset.h, dh_reset, tile)
     if dpeephole is not None:
-        store_sums(dpeephole, dweights, states, tile)
+        store_sum(dpeephole, dweights.i, tile)
+        store_sum(dpeephole + states, dweights.f, tile)
+        store_sum(dpeephole + 2 * states, dweights.o, tile)
     if how.NORM:
-        tl.store(norm.dnorm_c + tile.state, dgain, mask=tile.owned)
-        tl.store(norm.dnorm_c + states + tile.state, dbias, mask=tile.owned)
-    tl.store(dinitial.c + tile.state, dc, mask=tile.owned)
-    if dreset.c is not None:
-        tl.store(dreset.c + tile.state, dc_reset, mask=tile.owned)
+        store_sum(norm.dnorm_c, dgain, tile)
+        store_sum(norm.dnorm_c + states, dbias, tile)
+    store_sum(dinitial.c, dc, tile)
+    store_sum(dreset.c, dc_reset, tile)
 
 
 @triton.jit
@@ -212,11 +213,10 @@ def begin_sums(buffer, states, tile, how: tl.constexpr):
 
 
 @triton.jit
-def store_sums(buffer, sums, states, tile):
-    """What `begin_sums` began."""
-    tl.store(buffer + tile.state, sums.i, mask=tile.owned)
-    tl.store(buffer + states + tile.state, sums.f, mask=tile.owned)
-    tl.store(buffer + 2 * states + tile.state, sums.o, mask=tile.owned)
+def store_sum(buffer, total, tile):
+    """Store what `begin_sum` began, if it is wanted."""
+    if buffer is not None:
+        tl.store(buffer + tile.state, total, mask=tile.owned)
 
 
 @triton.jit
@@ -279,13 +279,10 @@ def product_after(exchanged, weights, w_hh, marks, seq_len, peers, tile, how: tl
 
 
 @triton.jit
-def of_activated(do, given, offset, live, how: tl.constexpr):
+def with_activated(do, given, offset, live, how: tl.constexpr):
     """Gradients of the activated gates: of o through h_t, and of all what is given."""
-    if given is None:
-        return Gates(None, None, None, do)
-    else:
-        more = load_gates(given, offset, live, how)
-        return Gates(more.i, more.f, more.g, do + more.o)
+    more = load_gates(given, offset, live, how)
+    return Gates(more.i, more.f, more.g, do + more.o)
 
 
 @triton.jit

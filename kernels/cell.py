@@ -4,10 +4,10 @@ Gate order is PyTorch's: input i, forget f, candidate g, output o. Every tile is
 type (fp32, or fp64 under the interpreter) and of one shape; the functions do not care which.
 
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
-binary: the peephole weights of each unit; g_scale, the mask on the candidate; limits; COUPLED, f = 1 - i. A
-layer-normalised cell (NORM) hands in what `norm.py` has made of its pre-activations, and normalises c_t before
-`lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for which the approximations that are good
-enough elsewhere would be most of the error. `lstm_triton.reference` states the same in
+binary: the peephole weights of each unit; DROPOUT, with g_scale, the mask on the candidate; ZONEOUT; limits; COUPLED,
+f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its pre-activations, and normalises c_t
+before `lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for which the approximations that are
+good enough elsewhere would be most of the error. `lstm_triton.reference` states the same in
 plain PyTorch, with sources.
 """
 
@@ -117,7 +117,7 @@ def clipped(x, bound):
 def candidate(gates, c_prev, g_scale, how: tl.constexpr):
     """The new cell state, before it is clipped."""
     g = gates.g
-    if g_scale is not None:
+    if how.DROPOUT:
         g = g * g_scale
     if how.NORM:
         # The backward pass subtracts the forward pass's mean from it: the same product is fused in both.
@@ -166,7 +166,7 @@ def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, limits, how: tl.c
     if limits.cell is not None:
         dc = tl.where(tl.abs(cells.raw) <= limits.cell, dc, 0.0)
     through_i, through_f, through_g = dc * g, dc * cells.prev, dc * i
-    if g_scale is not None:
+    if how.DROPOUT:
         through_i, through_g = through_i * g_scale, through_g * g_scale
     if d.i is not None:
         through_i, through_f, through_g = through_i + d.i, through_f + d.f, through_g + d.g
@@ -182,9 +182,9 @@ def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, limits, how: tl.c
 
 
 @triton.jit
-def zoneout(new, old, keep, SAMPLED: tl.constexpr):
+def zoneout(new, old, keep, ZONEOUT: tl.constexpr, SAMPLED: tl.constexpr):
     """A state that keeps its old value where `keep` (bool) says so; or the mean of that, keep being the probability."""
-    if keep is None:
+    if not ZONEOUT:
         return new
     elif SAMPLED:
         return tl.where(keep, old, new)
@@ -193,9 +193,9 @@ def zoneout(new, old, keep, SAMPLED: tl.constexpr):
 
 
 @triton.jit
-def zoneout_backward(d, keep, SAMPLED: tl.constexpr):
+def zoneout_backward(d, keep, ZONEOUT: tl.constexpr, SAMPLED: tl.constexpr):
     """Gradient of what `zoneout` gave -> those of the new and of the old state."""
-    if keep is None:
+    if not ZONEOUT:
         return d, tl.zeros_like(d)
     elif SAMPLED:
         return tl.where(keep, 0.0, d), tl.where(keep, d, 0.0)

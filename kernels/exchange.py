@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .alarm import GRACE, MARK, PATIENCE, STEP_BITS, TILE_BITS
 from .cell import has_ptx
-from .records import Gates, Part, Peers, Source
+from .records import Gates, Part, Source
 
 # The most threads of a program that waits. A smaller tile is loaded by several of them for each of its elements: by
 # volatile loads at different times, while only one of the copies is tested and any of them may be used.
@@ -75,15 +75,6 @@ def publish_gates(ptrs, gates, mask, H: tl.constexpr, PROTOCOL: tl.constexpr):
     publish(ptrs + H, gates.f, mask, PROTOCOL)
     publish(ptrs + 2 * H, gates.g, mask, PROTOCOL)
     publish(ptrs + 3 * H, gates.o, mask, PROTOCOL)
-
-
-@triton.jit
-def peers_at(step, exchange, tile, how: tl.constexpr):
-    """The programs that share this one's rows of the batch."""
-    flags = exchange.flags
-    if flags is not None:
-        flags += tile.group * how.TILES
-    return Peers(flags, exchange.board, step)
 
 
 @triton.jit

@@ -19,12 +19,12 @@ import triton.language as tl
 
 from .cell import lstm_forward_step, lstm_output, zoneout
 from .config import Config, Layout
-from .exchange import await_flags, peers_at, publish, publishable, raise_flag
+from .exchange import await_flags, publish, publishable, raise_flag
 from .launch import Launcher, Recurrence, compute_dtype, how_of, run, wide_marks
 from .masks import draw
 from .norm import moments, norm_gates, norm_weights, normalised, store_moments
 from .product import gates_of, in_registers, local_product, recurrent_product, resident_weights
-from .records import RUNTIME, Gates, Norm, Projection, Resets, Sharing, Source, State
+from .records import RUNTIME, Gates, Norm, Peephole, Peers, Projection, Resets, Sharing, Source, State
 from .tiles import (
     in_gates,
     in_sequence,
@@ -68,12 +68,18 @@ def lstm_forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps [step_begin, step_end)."""
     tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)
+    flags = exchange.flags
+    if how.PROTOCOL == "flags":
+        flags += tile.group * how.TILES
     if how.PLACEMENT == "stepwise":
         state = load_state(carry, tile, how)
     else:
         state = load_state(initial, tile, how)
-    peephole = of_peephole(peephole, tile, how)
-    gains = norm_weights(norm, tile, how)
+    weights_c = Peephole(None, None, None)
+    if peephole is not None:
+        weights_c = of_peephole(peephole, tile, how)
+    if how.NORM:
+        gains = norm_weights(norm, tile, how)
     w_hh += tile.direction.to(tl.int64) * (4 * how.H * how.H)
     weights = resident_weights(w_hh, tile, how)
     state = State(state.h, in_registers(weights, state.c, step_begin < 0, how))
@@ -85,18 +91,19 @@ def lstm_forward_kernel(
 
     for step in range(step_begin, step_end):
         at = position(step, resets.marks, tile)
-        peers = peers_at(step, exchange, tile, how)
+        peers = Peers(flags, exchange.board, step)
         # The projected input does not depend on the others: ask for it before waiting for them.
         offset = in_gates(at.rows, tile, how)
         if how.PLACEMENT != "single":
             x = load_gates(gates, offset, tile.owned, how)
         drawn = draw(masks, at.time + time_begin, tile, how)
-        before = restarted(state, resets, masks.zoneout_h, at, tile, how)
+        before = restarted(state, resets, at, tile, how)
 
         if how.PLACEMENT == "local":
             z = local_product(before.h if own_mask is None else before.h * own_mask, weights, how)
         else:
-            source = rows_before(out, initial, resets, masks, at, tile, how)
+            rows = rows_before(out, initial, resets, masks, at, tile, how)
+            source = Source(rows, step > 0, at.restart if resets.h is not None else None)
             await_flags(peers, step * how.PUBLISHED, how.TILES, how.PROTOCOL)
             z = recurrent_product(source, weights, w_hh, peers, tile, how.H, how)
             z = unless_zeros(z, initial, resets, at, how)
@@ -107,15 +114,15 @@ def lstm_forward_kernel(
             z, of_z = norm_gates(z, gains.gates, Sharing(pairs, step * how.PUBLISHED + 1, peers), tile, how)
 
         a = Gates(z.i + x.i, z.f + x.f, z.g + x.g, z.o + x.o)
-        activated, c = lstm_forward_step(a, before.c, peephole, drawn.g_scale, limits, how)
+        activated, c = lstm_forward_step(a, before.c, weights_c, drawn.g_scale, limits, how)
         seen = c
         if how.NORM:
             of_c = moments((c,), Sharing(pairs + 2 * how.TILES, step * how.PUBLISHED + 2, peers), tile, how)
             seen = gains.gain * normalised(c, of_c, how) + gains.bias
-        h = zoneout(lstm_output(activated.o, seen, how.EXACT), before.h, drawn.keep_h, how.SAMPLED)
-        if masks.zoneout_h is not None:
+        h = zoneout(lstm_output(activated.o, seen, how.EXACT), before.h, drawn.keep_h, how.ZONEOUT_H, how.SAMPLED)
+        if how.ZONEOUT_H:
             h = h.to(how.dtype).to(how.compute)  # what is kept is what was stored: a cut in time changes nothing
-        c = zoneout(c, before.c, drawn.keep_c, how.SAMPLED)
+        c = zoneout(c, before.c, drawn.keep_c, how.ZONEOUT_C, how.SAMPLED)
         live = per_row(at.active, how)
         state = State(tl.where(live, h, state.h), tl.where(live, c, state.c))
 
@@ -151,13 +158,13 @@ def project(single, weights, tile, how: tl.constexpr):
 
 
 @triton.jit
-def restarted(state, resets, zoneout_h, at, tile, how: tl.constexpr):
+def restarted(state, resets, at, tile, how: tl.constexpr):
     """The state before a step, begun anew where it is reset. h only where it is read: other programs read their own."""
     if resets.marks is None:
         return state
     else:
         restart = per_row(at.restart, how) & tile.owned
-        if how.PLACEMENT == "local" or zoneout_h is not None:
+        if how.PLACEMENT == "local" or how.ZONEOUT_H:
             return State(
                 replaced(state.h, resets.h, restart, tile, how), replaced(state.c, resets.c, restart, tile, how)
             )
@@ -185,15 +192,13 @@ def rows_before(out, initial, resets, masks, at, tile, how: tl.constexpr):
     before = rows_at(time_of(tl.maximum(at.step - 1, 0), tile), tile)
     rows = exchanged + (before * how.D + tile.direction) * how.H
     own = (tile.direction * tile.batch + tile.b) * how.H
-    foreign = None
     if initial.h is not None:
         rows = tl.where(at.step == 0, (initial.h if masks.h_0 is None else masks.h_0) + own, rows)
     if resets.h is not None:
         rows = tl.where(at.restart, (resets.h if masks.reset_h is None else masks.reset_h) + own, rows)
-        foreign = at.restart
     if how.ALIGNED:  # from Triton 3.8 on, what was known of both pointers is not known of the chosen one
         rows = tl.multiple_of(rows, 16)
-    return Source(rows, at.step > 0, foreign)
+    return rows
 
 
 @triton.jit

@@ -65,7 +65,11 @@ def how_of(
     **more: Any,
 ) -> How:
     """What a launch is compiled for, in plain values; more: see `How`."""
-    cell = variants.cell.coupled, variants.sampled, variants.gain_hh is not None
+    masks = variants.masks()
+    cell = (
+        variants.cell.coupled, masks.zoneout_h is not None, masks.zoneout_c is not None,
+        masks.recurrent_dropout is not None, variants.sampled, variants.gain_hh is not None,
+    )  # fmt: skip
     return _how(config, hidden_size, directions, order, precision, dtype, cell, backward, **more)
 
 
@@ -77,13 +81,13 @@ def _how(
     order: str | None,
     precision: str,
     dtype: torch.dtype,
-    cell: tuple[bool, bool, bool],
+    cell: tuple[bool, ...],
     backward: bool,
     save: bool = False,
     inputs: int = 0,
     aligned: bool = True,
 ) -> How:
-    coupled, sampled, norm = cell
+    coupled, zoneout_h, zoneout_c, dropout, sampled, norm = cell
     return How(
         dtype=_TRITON[dtype],
         compute=_TRITON[compute_dtype(dtype)],
@@ -95,6 +99,9 @@ def _how(
         BACKWARD=backward,
         SAVE=save,
         COUPLED=coupled,
+        ZONEOUT_H=zoneout_h,
+        ZONEOUT_C=zoneout_c,
+        DROPOUT=dropout,
         SAMPLED=sampled,
         NORM=norm,
         INPUTS=inputs,

@@ -60,12 +60,12 @@ def draw(masks, time, tile, how: tl.constexpr):
             tl.load(masks.seed + tile.direction), per_unit(tile.unit, how), per_row(tile.b, how), per_row(time, how),
             STEP + REVERSE * tile.reverse.to(tl.int32),
         )  # fmt: skip
-    keep_h, keep_c, g_scale = None, None, None
-    if masks.zoneout_h is not None:
+    keep_h, keep_c, g_scale = 0, 0, 0
+    if how.ZONEOUT_H:
         keep_h = kept_by_zoneout(bits_h, masks.zoneout_h, how)
-    if masks.zoneout_c is not None:
+    if how.ZONEOUT_C:
         keep_c = kept_by_zoneout(bits_c, masks.zoneout_c, how)
-    if masks.recurrent_dropout is not None:
+    if how.DROPOUT:
         g_scale = dropout_scale(bits_g, masks.recurrent_dropout, how.compute)
     return Drawn(keep_h, keep_c, g_scale)
 

@@ -20,12 +20,9 @@ EPS = tl.constexpr(1e-5)  # of torch.nn.LayerNorm
 
 @triton.jit
 def norm_weights(norm, tile, how: tl.constexpr):
-    """Those of the units of a state tile; None without layer normalisation."""
-    if how.NORM:
-        gain, bias = of_units(norm.norm_c, 0, 2, tile, how), of_units(norm.norm_c, 1, 2, tile, how)
-        return NormWeights(of_gates(norm.gain_hh, tile, how), gain, bias)
-    else:
-        return NormWeights(None, None, None)
+    """Those of the units of a state tile."""
+    gain, bias = of_units(norm.norm_c, 0, 2, tile, how), of_units(norm.norm_c, 1, 2, tile, how)
+    return NormWeights(of_gates(norm.gain_hh, tile, how), gain, bias)
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """What kernels and device functions pass to each other, named once, with the shape of every field.
 
-A record is always given; what a call does without is None in it, and then leaves nothing in the binary. Three rules of
-Triton hold for records that are arguments of a kernel:
+A record is always given; what a call does without is None in it, and then leaves nothing in the binary. Rules of Triton
+for records that are arguments of a kernel, or go through device functions:
 
 - An integer inside a record would be part of the binary, so the sizes of a batch, a sequence and a launch are arguments
   of their own, see RUNTIME.
 - A float is never part of it, so probabilities are floats: whole numbers of 2^-24, which a float32 holds exactly.
+- A device function cannot return None, nor a record with one inside (3.6): such a record is made by who uses it.
 - The fields of a record that is known at compile time (`How`) are tl.constexpr when a kernel is compiled, and plain
   values when it is interpreted, see `launch.how_of`.
 
@@ -28,10 +29,10 @@ class How(NamedTuple):
     """What a binary is compiled for.
 
     ORDER: which sets run in reverse, see `tiles.runs_reversed`. SAVE: keep gates and cells for the backward pass.
-    COUPLED, SAMPLED, NORM: variants of the cell, see cell.py, masks.py, norm.py. EXACT: fp32 data whose products keep
-    fp32's precision. INPUTS: features of x, where one launch projects them too. ALIGNED: whether every row that is
-    collected begins at a multiple of 16 bytes. TILES: programs that share a row of the batch. PUBLISHED: tiles that a
-    program publishes in a step. The rest: see `config.Config`.
+    COUPLED, ZONEOUT_H, ZONEOUT_C, DROPOUT (recurrent), SAMPLED, NORM: variants of the cell, see cell.py, masks.py and
+    norm.py. EXACT: fp32 data whose products keep fp32's precision. INPUTS: features of x, where one launch projects
+    them too. ALIGNED: whether every row that is collected begins at a multiple of 16 bytes. TILES: programs that share
+    a row of the batch. PUBLISHED: tiles that a program publishes in a step. The rest: see `config.Config`.
     """
 
     dtype: Any
@@ -44,6 +45,9 @@ class How(NamedTuple):
     BACKWARD: bool
     SAVE: bool
     COUPLED: bool
+    ZONEOUT_H: bool
+    ZONEOUT_C: bool
+    DROPOUT: bool
     SAMPLED: bool
     NORM: bool
     INPUTS: int
@@ -241,8 +245,8 @@ class Sharing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The masks of a step, state tiles, or their means; None for none: which h and c keep their old value, and what the
-    candidate g is multiplied by."""
+    """The masks of a step, state tiles, or their means: which h and c keep their old value, and what the candidate g is
+    multiplied by. Without such a mask anything, and not used."""
 
     keep_h: Any
     keep_c: Any

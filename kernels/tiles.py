@@ -138,15 +138,10 @@ def of_gates(vectors, tile, how: tl.constexpr):
 
 @triton.jit
 def of_peephole(vectors, tile, how: tl.constexpr):
-    """The three vectors of [D, 3, H]; None if there are none."""
-    if vectors is None:
-        return Peephole(None, None, None)
-    else:
-        return Peephole(
-            of_units(vectors, 0, 3, tile, how),
-            of_units(vectors, 1, 3, tile, how),
-            of_units(vectors, 2, 3, tile, how),
-        )
+    """The three vectors of [D, 3, H]."""
+    return Peephole(
+        of_units(vectors, 0, 3, tile, how), of_units(vectors, 1, 3, tile, how), of_units(vectors, 2, 3, tile, how)
+    )  # fmt: skip
 
 
 @triton.jit
@@ -187,8 +182,8 @@ def store_gates(buffer, offset, mask, gates, how: tl.constexpr):
 
 @triton.jit
 def begin_sum(buffer, tile, how: tl.constexpr):
-    """A state tile of zeros, or what an earlier launch has left of this sum."""
-    if how.PLACEMENT == "stepwise":
+    """A state tile of zeros, or what an earlier launch has left of this sum. buffer: None if nobody wants it."""
+    if how.PLACEMENT == "stepwise" and buffer is not None:
         return tl.load(buffer + tile.state, mask=tile.owned, other=0.0)
     else:
         return tl.zeros(tile.owned.shape, how.compute)

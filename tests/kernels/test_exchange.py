@@ -148,7 +148,7 @@ def _launch_without_the_last_tile(kernel, *arguments, **keywords) -> None:
 # A bug takes one step of the protocol away: a change of one kernel module's text.
 FORWARD_STORE = "send(out + sequence, masks.sent, sequence, tl.where(live, h, 0.0), own_mask, tile, how)"
 FORWARD_FLAG = "        raise_flag(peers, tile.hidden_tile, (step + 1) * how.PUBLISHED, how.PROTOCOL)\n"
-BACKWARD_STORE = "publish_gates(dgates + offset, d, tile.owned, how.H, how.PROTOCOL)"
+BACKWARD_STORE = "publish_gates(exchanged + offset, d, tile.owned, how.H, how.PROTOCOL)"
 BACKWARD_FLAG = "        raise_flag(peers, tile.hidden_tile, (seq_len - step) * how.PUBLISHED, how.PROTOCOL)\n"
 SHARE_STORE = "    publish(own + 1, publishable(second, dtype), tile.in_batch, how.PROTOCOL)\n"
 SHARE_FLAG = "    raise_flag(peers, tile.hidden_tile, count, how.PROTOCOL)\n"
@@ -165,9 +165,9 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "forward: initial state awaited": (
         "mailbox",
         "forward",
-        ("Source(rows, at.step > 0, foreign)", "Source(rows, True, foreign)"),
+        ("Source(rows, step > 0, ", "Source(rows, True, "),
     ),
-    "forward: reset state awaited": ("mailbox", "forward", ("foreign = at.restart", "foreign = None")),
+    "forward: reset state awaited": ("mailbox", "forward", ("at.restart if resets.h is not None else None", "None")),
     "backward: nothing published": ("flags", "backward", (BACKWARD_FLAG, "")),
     "backward: flag before its data": (
         "flags",

@@ -27,11 +27,11 @@ REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
 # What the arguments of the variants are for the plain cell.
 OFF = dict.fromkeys(
     [
-        *("masks.h_mask", "masks.h_0", "masks.reset_h", "masks.sent", "masks.recurrent_dropout", "masks.zoneout_h"),
-        *("masks.zoneout_c", "limits.cell", "limits.grad", "peephole.i", "peephole.f", "peephole.o", "dpeephole"),
-        *("dinitial.h", "dreset.h", "zoneout_h", "own_mask", "sent", "g_scale", "keep", "bound"),
+        *("masks.h_mask", "masks.h_0", "masks.reset_h", "masks.sent", "limits.cell", "limits.grad", "bound"),
+        *("peephole", "peephole.i", "peephole.f", "peephole.o", "dpeephole", "dreset.h", "own_mask", "sent"),
     ]
-) | dict.fromkeys(["how.NORM", "how.COUPLED", "how.SAMPLED"], False)
+) | dict.fromkeys([f"how.{n}" for n in ("NORM", "COUPLED", "ZONEOUT_H", "ZONEOUT_C", "DROPOUT", "SAMPLED")], False)
+OFF |= {"ZONEOUT": False}
 
 
 def code(binary) -> str:
