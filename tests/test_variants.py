@@ -63,7 +63,7 @@ def test_each_alone(engine: Engine, flag: str, config: Config) -> None:
 
 
 @pytest.mark.thinned(10)
-@pytest.mark.parametrize(("index", "pair"), enumerate(itertools.combinations(FLAGS, 2)))
+@pytest.mark.parametrize(("index", "pair"), list(enumerate(itertools.combinations(FLAGS, 2))))
 def test_every_pair(engine: Engine, index: int, pair: tuple[str, str]) -> None:
     base = replace(EVERYTHING, seed=index) if index % 2 else Case(seed=index)
     check(engine, case_of(base, *pair), list(CONFIGS.values())[index % 4])
