@@ -159,7 +159,7 @@ def project(single, weights, tile, how: tl.constexpr):
 
 @triton.jit
 def restarted(state, resets, at, tile, how: tl.constexpr):
-    """The state before a step, begun anew where it is reset. h only where it is read: other programs read their own."""
+    """The state before a step, begun anew where it is reset; h where the program itself reads it, see `rows_before`."""
     if resets.marks is None:
         return state
     else:

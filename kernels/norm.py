@@ -20,7 +20,7 @@ EPS = tl.constexpr(1e-5)  # of torch.nn.LayerNorm
 
 @triton.jit
 def norm_weights(norm, tile, how: tl.constexpr):
-    """Those of the units of a state tile."""
+    """Gains and biases of the units of a state tile."""
     gain, bias = of_units(norm.norm_c, 0, 2, tile, how), of_units(norm.norm_c, 1, 2, tile, how)
     return NormWeights(of_gates(norm.gain_hh, tile, how), gain, bias)
 
@@ -33,7 +33,7 @@ def over_units(tile, how: tl.constexpr):
 
 @triton.jit
 def moments(tiles, sharing, tile, how: tl.constexpr):
-    """Those of every row over the units of all tiles."""
+    """Mean and rstd of every row, over the units of all tiles."""
     SIZES: tl.constexpr = len(tiles)
     own = tl.minimum(how.H - tile.hidden_tile * how.BLOCK_H, how.BLOCK_H) * SIZES
     total = over_units(tl.where(tile.owned, tiles[0], 0.0), how)

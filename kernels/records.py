@@ -8,7 +8,7 @@ for records that are arguments of a kernel, or go through device functions:
 - A float is never part of it, so probabilities are floats: whole numbers of 2^-24, which a float32 holds exactly.
 - A device function cannot return None, nor a record with one inside (3.6): such a record is made by who uses it.
 - The fields of a record that is known at compile time (`How`) are tl.constexpr when a kernel is compiled, and plain
-  values when it is interpreted, see `launch.how_of`.
+  values when it is interpreted, see `launch.given`.
 
 `rows` are the T * B rows of a sequence buffer, D the sets of weights: the directions of a layer, or of each member of
 an ensemble in turn. A state tile is [BLOCK_B, BLOCK_H], or [BLOCK_H, BLOCK_B] with UNITS_FIRST. Compute type: fp32, or
@@ -28,7 +28,9 @@ RUNTIME = [
 class How(NamedTuple):
     """What a binary is compiled for.
 
-    ORDER: which sets run in reverse, see `tiles.runs_reversed`. SAVE: keep gates and cells for the backward pass.
+    dtype, compute: types of the data, and of states and sums. H: hidden units. D: sets of weights. PRECISION: of
+    float32 products. BACKWARD: which pass. ORDER: which sets run in reverse, see `tiles.runs_reversed`. SAVE: keep
+    gates and cells for the backward pass.
     COUPLED, ZONEOUT_H, ZONEOUT_C, DROPOUT (recurrent), SAMPLED, NORM: variants of the cell, see cell.py, masks.py and
     norm.py. EXACT: fp32 data whose products keep fp32's precision. INPUTS: features of x, where one launch projects
     them too. ALIGNED: whether every row that is collected begins at a multiple of 16 bytes. TILES: programs that share
@@ -118,9 +120,9 @@ class Norm(NamedTuple):
     """Layer normalisation of h_{t-1} W_hh^T and of c_t.
 
     gain_hh [D, 4, H]. norm_c [D, 2, H]: gain and bias. In the compute type: pairs [rows, D, 2, hidden tiles, 2], what
-    programs share; stats [rows, D, 4], mean and rstd of both, kept for the backward pass; and there product
-    [rows, D, 4, H], h_{t-1} W_hh^T, and the gradients dproduct [rows, D, 4, H] and dnorm_c [2, D, B, H], the latter for
-    every row of the batch.
+    programs share; stats [rows, D, 4], mean and rstd of both, kept for the backward pass; dnorm_c [2, D, B, H], the
+    gradient of norm_c for every row of the batch. Of the backward pass, in the type of the data: product
+    [rows, D, 4, H], h_{t-1} W_hh^T, and dproduct, its gradient.
     """
 
     gain_hh: Any = None
@@ -237,7 +239,7 @@ class Part(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How programs share numbers: pairs [BLOCK_B], pointers to a row's [TILES, 2]; count: what flags then say."""
+    """How programs share numbers: pairs [BLOCK_B], pointers to a row's [TILES, 2]; count: tiles published by then."""
 
     pairs: Any
     count: Any

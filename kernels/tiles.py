@@ -85,7 +85,7 @@ def rows_at(time, tile):
 
 @triton.jit
 def position(step, marks, tile):
-    """The tile's rows at a step."""
+    """Where the tile is at a step."""
     active = step < tile.length
     time = time_of(step, tile)
     rows = rows_at(time, tile)

@@ -36,7 +36,7 @@ class Variants:
         return cell.sampled and bool(cell.zoneout_h or cell.zoneout_c or cell.recurrent_dropout)
 
     def masks(self) -> Masks:
-        """What both passes read."""
+        """All but h_0, reset_h and sent, which only the forward pass has."""
         cell = self.cell
 
         def probability(threshold: int) -> float | None:

@@ -28,7 +28,7 @@ WEIGHTS = OF_WEIGHTS[3:]  # of the variants of the cell
 
 
 class Choices(NamedTuple):
-    """How an operator is called, in types that its schema knows; see `op.py`. Behind it they are `Options`."""
+    """How an operator is called, in types that its schema knows; see `op.py`. Inside they are `Options`."""
 
     batch_first: bool = False
     bidirectional: bool = False
@@ -166,7 +166,7 @@ def keep_of(text: str) -> Keep:
 
 
 def plans_of(text: str) -> Plans | None:
-    """A forward pass of one step in one launch may come alone."""
+    """The configs of a text; that of one step in one launch ("single") may come without a backward one."""
     if not text:
         return None
     texts = text.split("|")

@@ -141,7 +141,7 @@ def reset_gradient(
 
 
 def norm_gates_backward(d: Tensor, z: Tensor, gain: Tensor, coupled: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of `reference.norm_gates(z, gain, coupled)` [rows, D, 4H] -> those of z and of the gain [D, 4H]."""
+    """Gradient of `reference.cell.norm_gates(z, gain, coupled)` [rows, D, 4H] -> those of z and of the gain [D, 4H]."""
     if coupled:
         d, z, of_gates = _without_forget(d), _without_forget(z), _without_forget(gain)
     else:

@@ -121,7 +121,7 @@ def plan_single(problem: Problem, device: Device) -> Config | None:
 def admissible(problem: Problem, device: Device) -> list[Config]:
     """What a plan may be: the candidates, those of one launch a step only where there are no others.
 
-    Whether one launch a step is needed depends on H alone, never on the batch: routing relies on it.
+    Whether one launch a step is needed depends on H alone, never on the batch: route relies on it.
     """
     found = list(candidates(problem, device))
     return [config for config in found if config.placement != "stepwise"] or found
