@@ -75,7 +75,7 @@ def activate(
     # Only what happens between the pre-activations and the gates: the rest comes before or after.
     own = replace(variants, cell=replace(variants.cell, zoneout_h=0, zoneout_c=0), h_mask=None)
     # Layer normalisation stays: c is then made by the same multiply-add as in the forward pass.
-    how = how_of(config, hidden_size, directions, order, "ieee", gates.dtype, own)
+    how = how_of(config, hidden_size, directions, order, "ieee", gates.dtype, own.features)
     grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)
     with on_device_of(gates):
         activate_kernel[grid](

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, rounded_product, zoneout_backward
-from .config import Config, Layout
+from .config import Config, Layout, compute_dtype
 from .exchange import await_flags, publish_gates, publishable_gates, raise_flag
-from .launch import Launcher, Recurrence, compute_dtype, how_of, run, wide_marks
+from .launch import Launcher, Recurrence, how_of, run, wide_marks
 from .masks import draw
 from .norm import load_moments, norm_backward, norm_gates_backward, norm_weights, normalised
 from .product import in_registers, local_product, recurrent_product, resident_weights, restored
@@ -39,9 +39,10 @@ from .records import (
     Sharing,
     Source,
     State,
+    Sums,
 )
+from .sums import begin_sum, begin_sums, store_sum, store_sums, with_peephole
 from .tiles import (
-    begin_sum,
     in_gates,
     in_sequence,
     load_gates,
@@ -84,9 +85,7 @@ def lstm_backward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps step_end - 1 .. step_begin."""
     tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)
-    flags = exchange.flags
-    if how.PROTOCOL == "flags":
-        flags += tile.group * how.TILES
+    flags = exchange.flags + tile.group * how.TILES if how.PROTOCOL == "flags" else None
     weights_c = Peephole(None, None, None)
     if peephole is not None:
         weights_c = of_peephole(peephole, tile, how)
@@ -96,20 +95,15 @@ def lstm_backward_kernel(
     if masks.h_mask is not None:
         own_mask = load_tile(masks.h_mask, tile.state, tile.owned, how)
     states = tl.cast(batch, tl.int64) * (how.D * how.H)  # from one sum of dpeephole, dnorm_c to the next
-    dh_kept, dh_reset = begin_sum(dinitial.h, tile, how), begin_sum(dreset.h, tile, how)
-    dc_reset = begin_sum(dreset.c, tile, how)
-    if dpeephole is not None:
-        dweights = begin_sums(dpeephole, states, tile, how)
-    if how.NORM:
-        dgain, dbias = begin_sum(norm.dnorm_c, tile, how), begin_sum(norm.dnorm_c + states, tile, how)
+    sums = begin_sums(dinitial, dreset, dpeephole, norm.dnorm_c, states, tile, how)
+    dh_kept, dh_reset, dc_reset, dweights, dgain, dbias = sums
 
     exchanged = norm.dproduct if how.NORM else dgates
     w_hh += tile.direction.to(tl.int64) * (4 * how.H * how.H)
     weights = resident_weights(w_hh, tile, how)
     dc = in_registers(weights, last_dc(incoming.final, dinitial, tile, how), step_begin < 0, how)
     dh_next = tl.zeros(tile.owned.shape, how.compute)
-    last = in_sequence(rows_at(time_of(step_end - 1, tile), tile), tile, how)
-    c = load_tile(kept.cells, last, tile.owned, how)
+    c = cell_at(kept.cells, step_end - 1, tile.owned, tile, how)
 
     for count in range(step_end - step_begin):
         step = step_end - 1 - count
@@ -119,8 +113,7 @@ def lstm_backward_kernel(
         # What does not depend on the other programs is asked for before waiting for them.
         offset = in_gates(at.rows, tile, how)
         gates = load_gates(kept.gates, offset, tile.owned, how)
-        earlier = in_sequence(rows_at(time_of(step - 1, tile), tile), tile, how)
-        c_before = load_tile(kept.cells, earlier, tile.owned & (step > 0), how)
+        c_before = cell_at(kept.cells, step - 1, tile.owned & (step > 0), tile, how)
         restart = per_row(at.restart, how) & tile.owned
         c_prev = cell_before(c_before, initial_c, resets, restart, step, tile, how)
         drawn = draw(masks, at.time + time_begin, tile, how)
@@ -141,10 +134,7 @@ def lstm_backward_kernel(
             dc += load_tile(incoming.kept.cells, in_sequence(at.rows, tile, how), live, how)
         dh_new, dh_old = zoneout_backward(dh, drawn.keep_h, how.ZONEOUT_H, how.SAMPLED)
         dc_new, dc_old = zoneout_backward(dc, drawn.keep_c, how.ZONEOUT_C, how.SAMPLED)
-        cells = Cells(c_prev, c, c)
-        if limits.cell is not None or how.ZONEOUT_C:
-            raw = candidate(gates, c_prev, drawn.g_scale, how)
-            cells = Cells(c_prev, raw, clipped(raw, limits.cell))
+        cells = cells_of(gates, c_prev, c, drawn.g_scale, limits, how)
         if how.NORM:
             pairs = norm.pairs + (at.rows * how.D + tile.direction) * (4 * how.TILES)
             normed = normalised(cells.now, of_c, how)
@@ -153,9 +143,8 @@ def lstm_backward_kernel(
             dseen, normed = tl.where(live, dseen, 0.0), tl.where(live, normed, 0.0)
             dgain += dseen * normed
             dbias += dseen
-            dseen = (rounded_product(dseen, gains.gain),)
-            dseen = norm_backward(dseen, (normed,), of_c.rstd, Sharing(pairs, published + 1, peers), tile, how)
-            dc_new += dseen[0]
+            dnormed, sharing = rounded_product(dseen, gains.gain), Sharing(pairs, published + 1, peers)
+            dc_new += norm_backward((dnormed,), (normed,), of_c.rstd, sharing, tile, how)[0]
         else:
             do, dseen = lstm_output_backward(gates.o, cells.now, dh_new, how.EXACT)
             dc_new += dseen
@@ -178,55 +167,30 @@ def lstm_backward_kernel(
         publish_gates(exchanged + offset, d, tile.owned, how.H, how.PROTOCOL)
         raise_flag(peers, tile.hidden_tile, (seq_len - step) * how.PUBLISHED, how.PROTOCOL)
 
-        dc = tl.where(live, dc_prev, dc)
         if dreset.c is not None:
             dc_reset += tl.where(restart & live, dc_prev, 0.0)
-        dc = unless_restarted(dc, resets.marks, restart & live)
+        dc = unless_restarted(tl.where(live, dc_prev, dc), resets.marks, restart & live)
+        if dreset.h is not None:
+            dh_reset += tl.where(restart & live, dh_old, 0.0)
         if how.ZONEOUT_H:
-            dh_kept = tl.where(live, dh_old, dh_kept)
-            if dreset.h is not None:
-                dh_reset += tl.where(restart & live, dh_old, 0.0)
-            dh_kept = unless_restarted(dh_kept, resets.marks, restart & live)
+            dh_kept = unless_restarted(tl.where(live, dh_old, dh_kept), resets.marks, restart & live)
         c = c_before
         if how.PLACEMENT == "local":
             dh_next = unless_restarted(local_product(stack_gates(d, how), weights, how), resets.marks, restart)
 
-    store_sum(dinitial.h, dh_kept, tile)
-    store_sum(dreset.h, dh_reset, tile)
-    if dpeephole is not None:
-        store_sum(dpeephole, dweights.i, tile)
-        store_sum(dpeephole + states, dweights.f, tile)
-        store_sum(dpeephole + 2 * states, dweights.o, tile)
-    if how.NORM:
-        store_sum(norm.dnorm_c, dgain, tile)
-        store_sum(norm.dnorm_c + states, dbias, tile)
+    sums = Sums(dh_kept, dh_reset, dc_reset, dweights, dgain, dbias)
+    store_sums(sums, dinitial, dreset, dpeephole, norm.dnorm_c, states, tile)
     store_sum(dinitial.c, dc, tile)
-    store_sum(dreset.c, dc_reset, tile)
 
 
 @triton.jit
-def begin_sums(buffer, states, tile, how: tl.constexpr):
-    """`begin_sum` of each of three that follow each other."""
-    return Peephole(
-        begin_sum(buffer, tile, how), begin_sum(buffer + states, tile, how), begin_sum(buffer + 2 * states, tile, how)
-    )  # fmt: skip
-
-
-@triton.jit
-def store_sum(buffer, total, tile):
-    """Store what `begin_sum` began, if it is wanted."""
-    if buffer is not None:
-        tl.store(buffer + tile.state, total, mask=tile.owned)
-
-
-@triton.jit
-def with_peephole(sums, da, cells, live):
-    """Sums of the gradients of the peephole weights, with those of one more step."""
-    return Peephole(
-        sums.i + tl.where(live, da.i * cells.prev, 0.0),
-        sums.f + tl.where(live, da.f * cells.prev, 0.0),
-        sums.o + tl.where(live, da.o * cells.now, 0.0),
-    )
+def cells_of(gates, c_prev, c, g_scale, limits, how: tl.constexpr):
+    """c_t before and after it was clipped: c as it was saved, or made again where that is something else."""
+    if limits.cell is None and not how.ZONEOUT_C:
+        return Cells(c_prev, c, c)
+    else:
+        raw = candidate(gates, c_prev, g_scale, how)
+        return Cells(c_prev, raw, clipped(raw, limits.cell))
 
 
 @triton.jit
@@ -236,6 +200,12 @@ def last_dc(final, dinitial, tile, how: tl.constexpr):
         return load_tile(final.c, tile.state, tile.owned, how)
     else:
         return begin_sum(dinitial.c, tile, how)
+
+
+@triton.jit
+def cell_at(cells, step, mask, tile, how: tl.constexpr):
+    """c_t of a step as the forward pass saved it, 0 where masked."""
+    return load_tile(cells, in_sequence(rows_at(time_of(step, tile), tile), tile, how), mask, how)
 
 
 @triton.jit
@@ -319,15 +289,19 @@ def lstm_backward(
         raise ValueError("placement 'local' splits the depth by gates in the backward pass: split_k is 4 or 8")
     variants.check(config, hidden_size)
     dgates = torch.empty_like(gates)
-    state = gates.new_empty((directions, layout.batch, hidden_size), dtype=compute_dtype(gates.dtype))
-    zeros = torch.zeros_like if config.placement == "stepwise" else torch.empty_like  # there launches add to sums
+    stepwise, shape = config.placement == "stepwise", (directions, layout.batch, hidden_size)
+
+    def new(*vectors: int) -> Tensor:
+        """A buffer of states or of sums, to which the launches of `stepwise` add."""
+        make = gates.new_zeros if stepwise else gates.new_empty
+        return make((*vectors, *shape), dtype=compute_dtype(gates.dtype))
+
     zoneout, norm, fresh = variants.cell.zoneout_h > 0, variants.gain_hh is not None, reset_c is not None
-    dinitial = State(zeros(state) if zoneout else None, zeros(state))
-    if config.placement == "stepwise" and dc_n is not None:
-        dinitial = State(dinitial.h, dc_n.to(state.dtype, copy=True))
-    dreset = State(zeros(state) if zoneout and fresh else None, zeros(state) if fresh else None)
-    dpeephole = zeros(state.expand(3, *state.shape)) if variants.peephole is not None else None
-    dnorm_c = zeros(state.expand(2, *state.shape)) if norm else None
+    dc_0 = new() if dc_n is None or not stepwise else dc_n.to(compute_dtype(gates.dtype), copy=True)
+    dinitial = State(new() if zoneout else None, dc_0)
+    dreset = State(new() if zoneout and fresh else None, new() if fresh else None)
+    dpeephole = new(3) if variants.peephole is not None else None
+    dnorm_c = new(2) if norm else None
     dproduct = torch.empty_like(dgates) if norm else None
     pairs = variants.pairs(layout, config, hidden_size, w_hh)
     arguments = dict(
@@ -337,7 +311,7 @@ def lstm_backward(
         norm=Norm(variants.gain_hh, variants.norm_c, pairs, stats, product, dproduct, dnorm_c), masks=variants.masks(),
         limits=variants.limits(), time_begin=variants.time_begin,
     )  # fmt: skip
-    how = how_of(config, hidden_size, directions, order, precision, w_hh.dtype, variants, backward=True)
+    how = how_of(config, hidden_size, directions, order, precision, w_hh.dtype, variants.features, backward=True)
     exchanged = (dgates if dproduct is None else dproduct, pairs)
     launch(lstm_backward_kernel, Recurrence(config, layout, how, exchanged), arguments)
     return Gradients(dgates, dinitial.c, dreset.c, dproduct, dinitial.h, dreset.h, dpeephole, dnorm_c)

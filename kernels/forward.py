@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from .cell import lstm_forward_step, lstm_output, zoneout
-from .config import Config, Layout
+from .config import Config, Layout, compute_dtype
 from .exchange import await_flags, publish, publishable, raise_flag
-from .launch import Launcher, Recurrence, compute_dtype, how_of, run, wide_marks
+from .launch import Launcher, Recurrence, how_of, run, wide_marks
 from .masks import draw
 from .norm import moments, norm_gates, norm_weights, normalised, store_moments
 from .product import gates_of, in_registers, local_product, recurrent_product, resident_weights
@@ -68,9 +68,7 @@ def lstm_forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_H units of BLOCK_B sequences in one direction, steps [step_begin, step_end)."""
     tile = own_tile(first_tile, batch, seq_len, row_stride_t, row_stride_b, lengths, how)
-    flags = exchange.flags
-    if how.PROTOCOL == "flags":
-        flags += tile.group * how.TILES
+    flags = exchange.flags + tile.group * how.TILES if how.PROTOCOL == "flags" else None
     if how.PLACEMENT == "stepwise":
         state = load_state(carry, tile, how)
     else:
@@ -281,7 +279,7 @@ def lstm_forward(
     )  # fmt: skip
     collected = initial.h, resets.h, masks.h_0, masks.reset_h  # out and sent are of our own making
     how = how_of(
-        config, hidden_size, directions, order, precision, w_hh.dtype, variants,
+        config, hidden_size, directions, order, precision, w_hh.dtype, variants.features,
         save=save,
         inputs=0 if single.x is None else single.x.shape[1],
         aligned=all(one is None or one.data_ptr() % 16 == 0 for one in collected)

@@ -15,7 +15,7 @@ from .alarm import board_of, raised
 from .config import Config, Layout, compute_dtype
 from .records import Exchange, How
 from .tiles import runs_reversed
-from .variants import Variants
+from .variants import PLAIN, Features
 
 Launcher = Callable[..., None]  # the signature of `run`
 
@@ -53,6 +53,7 @@ def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[i
             yield first, min(wave, tiles - first), begin, end
 
 
+@lru_cache(maxsize=4096)
 def how_of(
     config: Config,
     hidden_size: int,
@@ -60,34 +61,13 @@ def how_of(
     order: str | None,
     precision: str,
     dtype: torch.dtype,
-    variants: Variants,
+    features: Features = PLAIN.features,
     backward: bool = False,
-    **more: Any,
-) -> How:
-    """What a launch is compiled for, in plain values; more: see `How`."""
-    masks = variants.masks()
-    cell = (
-        variants.cell.coupled, masks.zoneout_h is not None, masks.zoneout_c is not None,
-        masks.recurrent_dropout is not None, variants.sampled, variants.gain_hh is not None,
-    )  # fmt: skip
-    return _how(config, hidden_size, directions, order, precision, dtype, cell, backward, **more)
-
-
-@lru_cache(maxsize=4096)
-def _how(
-    config: Config,
-    hidden_size: int,
-    directions: int,
-    order: str | None,
-    precision: str,
-    dtype: torch.dtype,
-    cell: tuple[bool, ...],
-    backward: bool,
     save: bool = False,
     inputs: int = 0,
     aligned: bool = True,
 ) -> How:
-    coupled, zoneout_h, zoneout_c, dropout, sampled, norm = cell
+    """What a launch is compiled for, in plain values."""
     return How(
         dtype=_TRITON[dtype],
         compute=_TRITON[compute_dtype(dtype)],
@@ -98,12 +78,6 @@ def _how(
         EXACT=dtype == torch.float32 and precision != "tf32",
         BACKWARD=backward,
         SAVE=save,
-        COUPLED=coupled,
-        ZONEOUT_H=zoneout_h,
-        ZONEOUT_C=zoneout_c,
-        DROPOUT=dropout,
-        SAMPLED=sampled,
-        NORM=norm,
         INPUTS=inputs,
         ALIGNED=aligned,
         PLACEMENT=config.placement,
@@ -115,7 +89,8 @@ def _how(
         BLOCK_H=config.block_h,
         BLOCK_K=config.block_k,
         TILES=triton.cdiv(hidden_size, config.block_h),
-        PUBLISHED=3 if norm else 1,
+        PUBLISHED=3 if features.NORM else 1,
+        **features._asdict(),
     )
 
 

@@ -246,6 +246,19 @@ class Sharing(NamedTuple):
     peers: Peers
 
 
+class Sums(NamedTuple):
+    """Of a backward pass, sums over steps, state tiles: what reaches the initial and the reset h by zoneout, the
+    gradient of the reset c, those of the peephole weights, and of gain and bias of c_t. Zeros where nobody wants one.
+    """
+
+    dh_kept: Any
+    dh_reset: Any
+    dc_reset: Any
+    dpeephole: Any
+    dgain: Any
+    dbias: Any
+
+
 class Drawn(NamedTuple):
     """The masks of a step, state tiles, or their means: which h and c keep their old value, and what the candidate g is
     multiplied by. Without such a mask anything, and not used."""

@@ -181,15 +181,6 @@ def store_gates(buffer, offset, mask, gates, how: tl.constexpr):
 
 
 @triton.jit
-def begin_sum(buffer, tile, how: tl.constexpr):
-    """A state tile of zeros, or what an earlier launch has left of this sum. buffer: None if nobody wants it."""
-    if how.PLACEMENT == "stepwise" and buffer is not None:
-        return tl.load(buffer + tile.state, mask=tile.owned, other=0.0)
-    else:
-        return tl.zeros(tile.owned.shape, how.compute)
-
-
-@triton.jit
 def split_gates(acc, how: tl.constexpr):
     """Rows (columns) of `acc` run over (unit, gate), gate fastest -> four state tiles."""
     if how.UNITS_FIRST:

@@ -12,6 +12,17 @@ from .config import PLAIN_CELL, Cell, Config, Layout, compute_dtype
 from .records import Limits, Masks
 
 
+class Features(NamedTuple):
+    """Those of the fields of `How` that say which variants there are."""
+
+    COUPLED: bool = False
+    ZONEOUT_H: bool = False
+    ZONEOUT_C: bool = False
+    DROPOUT: bool = False
+    SAMPLED: bool = False
+    NORM: bool = False
+
+
 @dataclass(frozen=True)
 class Variants:
     """The variants of one layer.
@@ -34,6 +45,14 @@ class Variants:
         """Whether masks of single steps are drawn."""
         cell = self.cell
         return cell.sampled and bool(cell.zoneout_h or cell.zoneout_c or cell.recurrent_dropout)
+
+    @property
+    def features(self) -> Features:
+        """What of them is part of a binary."""
+        cell = self.cell
+        dropout = cell.sampled and cell.recurrent_dropout > 0
+        zoneout = cell.zoneout_h > 0, cell.zoneout_c > 0
+        return Features(cell.coupled, *zoneout, dropout, self.sampled, self.gain_hh is not None)
 
     def masks(self) -> Masks:
         """All but h_0, reset_h and sent, which only the forward pass has."""

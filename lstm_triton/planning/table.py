@@ -30,7 +30,7 @@ MODES = ("inference", "training")
 # What a binary or its launch is made from.
 SOURCES = (
     *("cell.py", "norm.py", "masks.py", "tiles.py", "exchange.py", "product.py"),
-    *("alarm.py", "forward.py", "backward.py", "launch.py", "records.py"),
+    *("alarm.py", "forward.py", "backward.py", "launch.py", "records.py", "sums.py"),
 )
 
 

@@ -258,8 +258,9 @@ class Scratch:
 
         def run(x: Tensor, w_ih: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
             v = reference.Inputs(x, w_ih, w_hh, h_0=h, c_0=c)
-            options = (False, self.problem.directions == 2, "all", False, self.problem.precision, text, "")
-            return self.layer(*v, *options)[:3]
+            how = {"batch_first": False, "bidirectional": self.problem.directions == 2, "keep": "all"}
+            how |= {"batch_invariant": False, "precision": self.problem.precision, "plan": text, "cell": ""}
+            return self.layer(*v, **how)[:3]
 
         return self._results(run, self.dtype)
 

@@ -10,7 +10,6 @@ import torch
 
 from lstm_triton.kernels import alarm, launch
 from lstm_triton.kernels.config import Config
-from lstm_triton.kernels.variants import PLAIN
 
 
 def word(step: int, first: int, last: int, group: int = 0) -> int:
@@ -75,7 +74,7 @@ raise SystemExit("CUDA error: unspecified launch failure")
 def test_other_errors_of_a_launch_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, board: torch.Tensor) -> None:
     def recurrence(protocol: str) -> launch.Recurrence:
         config = Config("grid", protocol, True, False, 1, 16, 16, 16, 4) if protocol != "none" else LOCAL
-        how = launch.how_of(config, 16, 1, None, "ieee", torch.float32, PLAIN)
+        how = launch.how_of(config, 16, 1, None, "ieee", torch.float32)
         return launch.Recurrence(config, launch.Layout(1, 1, False), how, [torch.empty(1, 1, 16)])
 
     def failing(text: str):

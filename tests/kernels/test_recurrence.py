@@ -14,7 +14,6 @@ from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import given, how_of
 from lstm_triton.kernels.records import Exchange, Limits, Masks, Norm, Projection, Resets, State
-from lstm_triton.kernels.variants import PLAIN
 
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
@@ -124,7 +123,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     carry = torch.zeros(1, 1, hidden)
     config = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
     layout = Layout(1, seq_len, False)
-    how = how_of(config, hidden, 1, "forward", "ieee", torch.float16, PLAIN)
+    how = how_of(config, hidden, 1, "forward", "ieee", torch.float16)
     lstm_forward_kernel[(1, 1, 1)](
         gates=rows, w_hh=w_hh, initial=State(), resets=Resets(), out=out, cells=None, final=State(h_n, c_n),
         carry=State(carry.clone(), carry.clone()), lengths=None, single=Projection(), exchange=Exchange(), peephole=None,

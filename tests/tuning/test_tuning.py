@@ -284,8 +284,8 @@ def test_tuning_inside_of_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_forward_saves_is_checked() -> None:
-    def forgetful(*arguments):
-        out, h_n, c_n, gates, cells, stats = op.layer(*arguments)
+    def forgetful(*arguments, **options):
+        out, h_n, c_n, gates, cells, stats = op.layer(*arguments, **options)
         with torch.no_grad():
             cells.fill_(float("nan"))
         return out, h_n, c_n, gates, cells, stats
