@@ -209,7 +209,7 @@ BUGS: dict[str, tuple] = {  # name: (protocol, module, changes)
     "norm: what follows is not awaited": (
         "flags",
         "launch",
-        ("PUBLISHED=3 if norm else 1", "PUBLISHED=2"),
+        ("PUBLISHED=3 if features.NORM else 1", "PUBLISHED=2"),
     ),
 }
 
