@@ -272,7 +272,7 @@ def unless_restarted(d, marks, restart):
 
 def lstm_backward(
     dout: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, cells: Tensor, w_hh: Tensor,
-    c_0: Tensor | None, layout: Layout, config: Config, precision: str, lengths: Tensor | None = None,
+    c_0: Tensor | None, layout: Layout, config: Config, precision: str, *, lengths: Tensor | None = None,
     reset: Tensor | None = None, reset_c: Tensor | None = None, order: str | None = None,
     dcells: Tensor | None = None, dactivated: Tensor | None = None, variants: Variants = PLAIN,
     product: Tensor | None = None, stats: Tensor | None = None, launch: Launcher = run,

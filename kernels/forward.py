@@ -231,6 +231,7 @@ def lstm_forward(
     config: Config,
     precision: str,
     save: bool,
+    *,
     lengths: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
     reset_state: tuple[torch.Tensor, torch.Tensor] | None = None,

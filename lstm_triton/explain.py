@@ -115,7 +115,7 @@ def explain_call(
     """
     if not 0 <= call.proj_size < call.hidden_size:
         raise ValueError(f"proj_size must be at least 0 and less than hidden_size, got {call.proj_size}")
-    request = Request(backend, call.dtype, precision, call.hidden_size, call.directions)
+    request = Request(backend, "cuda", None, call.dtype, precision, call.hidden_size, call.directions)
     reason = refusal_on(device, request)
     must = backend == "triton" or (backend == "auto" and strict())
     if reason and must:

@@ -8,6 +8,7 @@ and with four it still depended on the processor's BLAS.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,8 +24,8 @@ from lstm_triton import LSTM
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
-from lstm_triton.layer import backward as adjoint
-from lstm_triton.layer import forward as layer
+from lstm_triton.layer import backward as backward_pass
+from lstm_triton.layer import forward as forward_pass
 from lstm_triton.layer.backward import operand_of, product_of
 from lstm_triton.layer.forward import marks_of, projected_input, variants_of
 from lstm_triton.layer.records import DIFFERENTIABLE as INPUTS
@@ -234,7 +235,17 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
     state = (v.h_0, v.c_0) if case.state else None
     reset_state = (v.reset_h, v.reset_c) if case.reset else None
     out, h_n, c_n, cells, stats = run_forward(
-        gates, v.w_hh, state, layout, config, "ieee", True, lengths, reset, reset_state, variants=variants
+        gates,
+        v.w_hh,
+        state,
+        layout,
+        config,
+        "ieee",
+        True,
+        lengths=lengths,
+        reset=reset,
+        reset_state=reset_state,
+        variants=variants,
     )
     product = None
     if case.norm:
@@ -242,20 +253,26 @@ def run_recurrence(case: Case, config: Config, run_forward=lstm_forward, run_bac
         product = product_of(v, options, operand_of(v, options, variants, by_time))
     found = run_backward(
         given["dout"], given["dh_n"], given["dc_n"], gates, cells, v.w_hh, v.c_0,
-        layout, backward_of(config), "ieee", lengths, reset, v.reset_c, variants=variants, product=product, stats=stats,
+        layout, backward_of(config), "ieee", lengths=lengths, reset=reset, reset_c=v.reset_c, variants=variants,
+        product=product, stats=stats,
     )  # fmt: skip
     return [out, h_n, c_n, *(tensor for tensor in (*found[:2], *found[3:]) if tensor is not None)]
+
+
+def argument(name: str, function: Any, *given: Any, **options: Any) -> Any:
+    """What a call hands to the parameter of this name."""
+    return inspect.signature(function).bind(*given, **options).arguments[name]
 
 
 def use_configs(patch: pytest.MonkeyPatch, configs: Mapping[str, Config]) -> list[tuple[str, Config]]:
     """Layers take these configs, by pass; returned is a list that notes every (pass, config) that is then launched."""
     noted: list[tuple[str, Config]] = []
-    # Each of the two modules has imported the name for itself; the config's place is that in the launcher's arguments.
-    for module, which, place in ((layer, "forward", 4), (adjoint, "backward", 8)):
+    # Each of the two modules has imported the name for itself.
+    for module, which in ((forward_pass, "forward"), (backward_pass, "backward")):
         real = getattr(module, f"lstm_{which}")
 
-        def noting(*given: Any, which: str = which, place: int = place, real: Any = real, **options: Any) -> Any:
-            noted.append((which, given[place]))
+        def noting(*given: Any, which: str = which, real: Any = real, **options: Any) -> Any:
+            noted.append((which, argument("config", real, *given, **options)))
             return real(*given, **options)
 
         patch.setattr(module, "choose_plan", lambda which, *_: Plan(configs[which], "the test"))

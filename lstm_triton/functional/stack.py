@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..kernels.config import PLAIN_CELL
 from ..layer import eager, op
 from ..layer import vmap as vmap  # registers what vmap makes of the operators
-from ..layer.fallback import layer_by_pytorch
+from ..layer.fallback import layer_by_pytorch, stack_by_aten
 from ..layer.records import Choices, Inputs, LayerResult
 from ..planning.device import on_gpu
 from ..planning.route import (
@@ -49,6 +49,57 @@ class States(NamedTuple):
     def map(self, change: Callable[[Tensor], Any]) -> States:
         """The same with every tensor changed."""
         return States(*(None if of_layers is None else tuple(map(change, of_layers)) for of_layers in self))
+
+
+class Marks(NamedTuple):
+    """Where rows end and begin anew; see `lstm`."""
+
+    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    reset_state: State | None = None
+
+
+class Stack(NamedTuple):
+    """The options of `lstm`: how a stack is computed."""
+
+    bias: bool
+    num_layers: int
+    proj_size: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    return_states: Sequence[str]
+    recompute: str
+    batch_invariant: bool
+    variant: Variant
+    backend: str
+    precision: str
+    plan: str = ""
+
+    @property
+    def sizes(self) -> Sizes:
+        directions = 2 if self.bidirectional else 1
+        return Sizes(self.num_layers * directions, directions, self.proj_size, self.bias, self.variant)
+
+    def check(self) -> None:
+        """Raise what an option deserves that is none of its choices, or goes with no other."""
+        check_choice("backend", self.backend, BACKENDS)
+        if self.precision:
+            check_choice("precision", self.precision, PRECISIONS)
+        check_recompute(self.recompute)
+        check_states(self.return_states, self.recompute)
+        if not isinstance(self.variant, Variant):
+            raise TypeError(f"variant should be a Variant, got {type(self.variant).__name__}")
+        self.variant.check(self.proj_size)
+
+    def choices(self, keep: str) -> Choices:
+        """The operator's."""
+        cell = self.variant.cell(self.training)
+        return Choices(
+            self.batch_first, self.bidirectional, keep, self.batch_invariant, self.precision, self.plan,
+            "" if cell == PLAIN_CELL else cell.encode(),
+        )  # fmt: skip
 
 
 def lstm(
@@ -119,104 +170,109 @@ def lstm(
             different types, or a path that cannot run.
         ValueError: an unknown or contradictory choice.
     """
-    check_choice("backend", backend, BACKENDS)
-    if precision:
-        check_choice("precision", precision, PRECISIONS)
-    check_recompute(recompute)
-    return_states = return_states if isinstance(return_states, str) else tuple(return_states)
-    check_states(return_states, recompute)
-    directions = 2 if bidirectional else 1
-    input, hx, reset_state, weights = _autocast(input, hx, reset_state, weights)
-    if not isinstance(variant, Variant):
-        raise TypeError(f"variant should be a Variant, got {type(variant).__name__}")
-    variant.check(proj_size)
-    states = num_layers * directions
-    sizes = Sizes(states, directions, proj_size, bias, variant)
-    check_call(input, hx, weights, sizes, batch_first, lengths, reset)
-    hidden_size, cell, kind = weights[0].shape[0] // variant.gates, variant.cell(training), variant.kind(training)
-    batch, out_size = input.shape[0 if batch_first else 1], proj_size or hidden_size
-    reset_state = reset_state_of(reset_state, reset, input, (states, batch, out_size, hidden_size))
-    device, dtype = input.device, str(input.dtype).removeprefix("torch.")
-    refusal = kernel_refusal(backend, device.type, device.index, dtype, precision, hidden_size, directions, kind)
-    if refusal and (plan or batch_invariant):
-        given = "a plan was given" if plan else "batch_invariant is asked for"
+    asked = return_states if isinstance(return_states, str) else tuple(return_states)
+    stack = Stack(
+        bias, num_layers, proj_size, dropout, training, bidirectional, batch_first, asked, recompute, batch_invariant,
+        variant, backend, precision, plan,
+    )  # fmt: skip
+    return run_stack(input, hx, weights, stack, Marks(lengths, reset, reset_state))
+
+
+def run_stack(
+    input: Tensor, hx: State | None, weights: Sequence[Tensor], stack: Stack, marks: Marks, refusal: str | None = None
+) -> Any:
+    """`lstm` by records. refusal: why the kernels do not run, where the caller has asked; None to ask here."""
+    stack.check()
+    input, hx, marks, weights = _autocast(input, hx, marks, weights)
+    variant, batch_first, training, device = stack.variant, stack.batch_first, stack.training, input.device
+    sizes = stack.sizes
+    check_call(input, hx, weights, sizes, batch_first, marks.lengths, marks.reset)
+    hidden_size, kind = weights[0].shape[0] // variant.gates, variant.kind(training)
+    batch, out_size = input.shape[0 if batch_first else 1], stack.proj_size or hidden_size
+    sizes_of_state = sizes.states, batch, out_size, hidden_size
+    reset_state = reset_state_of(marks.reset_state, marks.reset, input, sizes_of_state)
+    if refusal is None:
+        dtype = str(input.dtype).removeprefix("torch.")
+        refusal = kernel_refusal(
+            stack.backend, device.type, device.index, dtype, stack.precision, hidden_size, sizes.directions, kind
+        )
+    if refusal and (stack.plan or stack.batch_invariant):
+        given = "a plan was given" if stack.plan else "batch_invariant is asked for"
         raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
     if hx is not None:
         hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
     if not torch.is_grad_enabled():
-        recompute = "none"  # there is no backward pass
+        stack = stack._replace(recompute="none")  # there is no backward pass
     if variant.weight_dropout and training:
         weights = list(weights)
         for index in range(1, len(weights), sizes.weights_per_state):
             weights[index] = F.dropout(weights[index], variant.weight_dropout)
-    unmarked = lengths is None and reset is None and not return_states and kind == "plain"
-    plain = unmarked and recompute == "none"
-    if refusal and plain and aten_can():
-        if hx is None:
-            hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
-        return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
-    if refusal and on_gpu(device) and not (unmarked and aten_can()):
+    by_aten = marks.lengths is None and marks.reset is None and not stack.return_states and kind == "plain"
+    if refusal and by_aten and aten_can():
+        if stack.recompute == "none":
+            return stack_by_aten(
+                input, hx, weights, stack.bias, stack.num_layers, stack.dropout, training, stack.bidirectional,
+                batch_first, sizes_of_state,
+            )  # fmt: skip
+    elif refusal and on_gpu(device):
         warn_once_of_the_loop(refusal)
+    cell = variant.cell(training)
     seeds = None
     if cell.draws:  # on the device, for CUDA graphs; both directions of a layer have the same
-        seeds = torch.randint(2**62, (num_layers,), device=device).repeat_interleave(directions)
+        seeds = torch.randint(2**62, (stack.num_layers,), device=device).repeat_interleave(sizes.directions)
+    lengths = marks.lengths
     if lengths is not None:
-        lengths = lengths.to(input.device, torch.int64)  # once, for all layers and both passes
+        lengths = lengths.to(device, torch.int64)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
-
-    choices = Choices(
-        batch_first, bidirectional, "", batch_invariant, precision, plan, "" if cell == PLAIN_CELL else cell.encode()
-    )
 
     def run(v: Inputs) -> LayerResult:
         if not refusal:
             try:
-                keep = _keep(v, recompute, return_states)
-                out, h_n, c_n, gates, cells, _ = eager.layer(*v, *choices._replace(keep=keep))
-                return LayerResult(out, h_n, c_n, gates, cells)
+                return eager.layer(v, stack.choices(_keep(v, stack)))
             except Unusable as error:  # a call like this one is refused from now on
-                if backend == "triton" or strict() or plan or batch_invariant:
+                if stack.backend == "triton" or strict() or stack.plan or stack.batch_invariant:
                     raise
                 log_once(str(error))
         with without_autocast(device.type):
-            return layer_by_pytorch(v, batch_first, bidirectional, cell, recompute, unmarked and aten_can())
+            aten = by_aten and aten_can()
+            return layer_by_pytorch(v, batch_first, stack.bidirectional, cell, stack.recompute, aten)
 
     results = []
-    for index in range(num_layers):
-        of_layer = slice(index * directions, (index + 1) * directions)
+    for index in range(stack.num_layers):
+        of_layer = slice(index * sizes.directions, (index + 1) * sizes.directions)
         own, w_hr = layer_weights(weights, of_layer, sizes)
-        states_of: dict[str, Any] = {
-            name: None if pair is None else pair[at][of_layer]
-            for pair, names in ((hx, ("h_0", "c_0")), (reset_state, ("reset_h", "reset_c")))
-            for at, name in enumerate(names)
-        }
-        seed = None if seeds is None else seeds[of_layer]
-        v = Inputs(x=input, **own, **states_of, lengths=lengths, reset=reset, seed=seed)
+        (h_0, c_0), (reset_h, reset_c) = (
+            (None, None) if pair is None else (pair[0][of_layer], pair[1][of_layer]) for pair in (hx, reset_state)
+        )
+        v = Inputs(
+            x=input, **own, h_0=h_0, c_0=c_0, lengths=lengths, reset=marks.reset, reset_h=reset_h, reset_c=reset_c,
+            seed=None if seeds is None else seeds[of_layer],
+        )  # fmt: skip
         if w_hr is None:
             result = run(v)
         else:
-            project = partial(op.linear, precision=precision) if batch_invariant else F.linear
+            project = partial(op.linear, precision=stack.precision) if stack.batch_invariant else F.linear
             result = projected_layer(run, v, w_hr, batch_first, project)
         results.append(result)
         input = result.out
-        if dropout and training and index < num_layers - 1:
-            input = F.dropout(input, dropout)
+        if stack.dropout and training and index < stack.num_layers - 1:
+            input = F.dropout(input, stack.dropout)
     h_ns, c_ns = [result.h_n for result in results], [result.c_n for result in results]
-    h_n, c_n = (torch.cat(each) if num_layers > 1 else each[0] for each in (h_ns, c_ns))
-    if not return_states:
+    h_n, c_n = (torch.cat(each) if stack.num_layers > 1 else each[0] for each in (h_ns, c_ns))
+    if not stack.return_states:
         return results[-1].out, h_n, c_n
     padding = None if lengths is None else _padding(lengths, input, batch_first)
-    return results[-1].out, h_n, c_n, _asked_states(results, return_states, directions, padding)
+    return results[-1].out, h_n, c_n, _asked_states(results, stack.return_states, sizes.directions, padding)
 
 
-def _keep(tensors: Inputs, recompute: str, return_states: Sequence[str]) -> str:
+def _keep(v: Inputs, stack: Stack) -> str:
     """What the operator is to keep: the backward pass's input only if there can be a backward pass."""
-    if torch.is_grad_enabled() and any(tensor is not None and needs_gradient(tensor) for tensor in tensors):
-        return KEEP.get(recompute, recompute)
-    if "gates" in return_states:
+    if torch.is_grad_enabled() and any(tensor is not None and needs_gradient(tensor) for tensor in v):
+        return KEEP.get(stack.recompute, stack.recompute)
+    if "gates" in stack.return_states:
         return "all"
-    return "cells" if "c" in return_states else "nothing"
+    return "cells" if "c" in stack.return_states else "nothing"
 
 
 def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: int, padding: Tensor | None) -> States:
@@ -241,14 +297,14 @@ def _asked_states(results: list[LayerResult], asked: Sequence[str], directions: 
 
 
 def _autocast(
-    input: Tensor, hx: State | None, reset_state: State | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, State | None, State | None, Sequence[Tensor]]:
+    input: Tensor, hx: State | None, marks: Marks, weights: Sequence[Tensor]
+) -> tuple[Tensor, State | None, Marks, Sequence[Tensor]]:
     """Under autocast everything is computed in its type, as nn.LSTM does on a GPU; c keeps its own until it is read."""
     kind = input.device.type
     if input.dtype == torch.float64 or not autocast_is_on(kind):
-        return input, hx, reset_state, weights
+        return input, hx, marks, weights
     dtype = torch.get_autocast_dtype(kind)
-    return input.to(dtype), hx, reset_state, [weight.to(dtype) for weight in weights]
+    return input.to(dtype), hx, marks, [weight.to(dtype) for weight in weights]
 
 
 def _padding(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:

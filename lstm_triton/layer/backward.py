@@ -103,15 +103,15 @@ def backward(
         layout,
         config,
         options.precision,
-        lengths,
-        reset,
-        ready(v.reset_c),
-        options.order,
-        ready(given.cells),
-        ready(given.gates),
-        variants,
-        product,
-        None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
+        lengths=lengths,
+        reset=reset,
+        reset_c=ready(v.reset_c),
+        order=options.order,
+        dcells=ready(given.cells),
+        dactivated=ready(given.gates),
+        variants=variants,
+        product=product,
+        stats=None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
     )
     of_product = found.dgates if found.dproduct is None else found.dproduct
     grads = _weight_gradients(v, options, found, of_product, operand, product, stats, wanted)

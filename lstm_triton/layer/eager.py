@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import op
-from .records import Inputs
+from .records import Choices, Inputs, LayerResult, read
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 
@@ -42,7 +42,8 @@ class LSTMLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = op.compute_layer(*arguments)
+        v, choices = read(arguments, Inputs, Choices)
+        output = op.layer_by_kernels(v, choices.options())
         op.setup_context(ctx, arguments, output)
         return output
 
@@ -53,11 +54,13 @@ class LSTMLayer(torch.autograd.Function):
         return op.gradients(ctx, saved, cotangents, run)
 
 
-def layer(*arguments):
-    """`op.layer`, by the operator only where that would be noticed."""
-    tensors = arguments[: len(Inputs._fields)]
-    if not unobserved(tensors):
-        return op.layer(*arguments)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return LSTMLayer.apply(*arguments)
-    return op.compute_layer(*arguments)
+def layer(v: Inputs, choices: Choices) -> LayerResult:
+    """A layer that the kernels run: by the operator only where that would be noticed."""
+    if not unobserved(v):
+        found = op.layer(*v, *choices)
+    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in v):
+        found = LSTMLayer.apply(*v, *choices)
+    else:
+        found = op.layer_by_kernels(v, choices.options())
+    out, h_n, c_n, gates, cells, _ = found
+    return LayerResult(out, h_n, c_n, gates, cells)

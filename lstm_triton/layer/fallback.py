@@ -1,6 +1,8 @@
-"""A layer without the kernels: by aten where it can, else step by step in plain PyTorch; and second derivatives."""
+"""Without the kernels: by aten where it can, else step by step in plain PyTorch; and second derivatives."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +34,25 @@ def without_kernels(
         if v.bias is not None:
             weights += [v.bias[index], torch.zeros_like(v.bias[index])]
     return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
+
+
+def stack_by_aten(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    sizes: tuple[int, int, int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All plain layers at once. sizes: of the states, L * D, B, H or P, H."""
+    if hx is None:
+        states, batch, out_size, hidden_size = sizes
+        hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
+    return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
 
 
 def layer_by_pytorch(

@@ -124,13 +124,13 @@ def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None
         config,
         options.precision,
         save,
-        lengths,
-        reset,
-        _pair(v.reset_h, v.reset_c),
-        options.order,
-        c_dtype,
-        projection,
-        variants_of(v, options),
+        lengths=lengths,
+        reset=reset,
+        reset_state=_pair(v.reset_h, v.reset_c),
+        order=options.order,
+        c_dtype=c_dtype,
+        projection=projection,
+        variants=variants_of(v, options),
     )
     # Not a view for autograd: one could not be changed in place (`_unsafe_view` is what aten's matmul returns).
     out = torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], out.shape[1] * out.shape[2]])

@@ -65,6 +65,11 @@ def compute_layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     if reason:
         found = without_kernels(v, options.batch_first, options.bidirectional, options.cell)
         return *found, *(v.x.new_empty(0) for _ in range(3))
+    return layer_by_kernels(v, options)
+
+
+def layer_by_kernels(v: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator gives, where it has been decided that the kernels run."""
     return _on_kernels(v, lambda: _keeping(v, options))
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
 from ..functional import States
 from ..functional.checks import State, check_options, check_pair, of_type
+from ..functional.stack import Marks, Stack, run_stack
 from ..planning.cudnn import Call
 from ..planning.device import on_gpu
-from ..planning.route import compute_dtype, kernel_refusal, possible_refusal, slower_reason
+from ..planning.route import Request, compute_dtype, kernel_refusal, possible_refusal, slower_reason
 from ..planning.transforms import aten_can, exporting, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
@@ -117,7 +117,7 @@ class LSTM(nn.RNNBase):
         weight = self._flat_weights[0]
         if self.backend == "triton" or self.variant != PLAIN or not isinstance(weight, Tensor):
             return
-        if on_gpu(weight.device) and possible_refusal(*self._request(weight)):
+        if on_gpu(weight.device) and possible_refusal(self._request(weight)):
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
@@ -141,9 +141,9 @@ class LSTM(nn.RNNBase):
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
         return kernel_refusal(*self._request(input))
 
-    def _request(self, input: Tensor) -> tuple[str, str, int | None, str, str, int, int, str]:
+    def _request(self, input: Tensor) -> Request:
         # Not self.weight_ih_l0: to read a parametrized weight is to compute it, drawing its random numbers once more.
-        return (
+        return Request(
             self.backend,
             input.device.type,
             input.device.index,
@@ -160,7 +160,7 @@ class LSTM(nn.RNNBase):
         By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
         """
         dropped = self.training and self.variant.weight_dropout
-        if self.batch_invariant or self.recompute != "none" or dropped or self._request(input)[-1] != "plain":
+        if self.batch_invariant or self.recompute != "none" or dropped or self.variant.kind(self.training) != "plain":
             return ""  # nn.LSTM has none of these
         if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
@@ -205,35 +205,37 @@ class LSTM(nn.RNNBase):
             output and (h_n, c_n), shaped as nn.LSTM shapes them, and with return_states the states
             of every step, in the form of the input: padded, packed or nested.
         """
-        packed = isinstance(input, PackedSequence)
+        packed, marks = isinstance(input, PackedSequence), Marks(lengths, reset, reset_state)
         compiling = torch.compiler.is_compiling()
         traced = compiling and not exporting()
         unmarked = lengths is None and reset is None and reset_state is None
         if self.learn_initial_state:
             hx = self._learned(input, hx)
-            reset_state = self._initial() if reset is not None and reset_state is None else reset_state
-        if isinstance(input, Tensor) and input.is_nested:
-            if not unmarked:
-                raise ValueError("a nested tensor has its own lengths: lengths= and reset= go with a padded tensor")
-            return self._forward_nested(input, hx, return_states)
+            if reset is not None and reset_state is None:
+                marks = marks._replace(reset_state=self._initial())
+        data: Tensor = input.data if packed else input  # type: ignore[assignment]
+        nested = not packed and data.is_nested
+        if not unmarked and (packed or nested):
+            kind = "nested tensor" if nested else "PackedSequence"
+            raise ValueError(f"a {kind} has its own lengths: lengths= and reset= go with a padded tensor")
+        refusal = self.refusal(data)
+        if nested:
+            return self._forward_nested(data, hx, return_states, refusal)
         frugal = self.recompute != "none" and torch.is_grad_enabled()
         variant = self.variant.kind(self.training) != "plain" or (self.training and self.variant.weight_dropout)
         plain = unmarked and not return_states and not frugal and not self.batch_invariant and not variant
-        data: Tensor = input.data if packed else input  # type: ignore[assignment]
-        if plain and self.refusal(data) and aten_can():
+        if plain and refusal and aten_can():
             hx = of_type(hx, data.dtype)
             if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
                 return untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
         if packed:
-            if not unmarked:
-                raise ValueError("a PackedSequence has its own lengths: lengths= and reset= go with a padded tensor")
             if traced:
-                return untraced(LSTM._forward_packed, self, input, hx, return_states)
-            return self._forward_packed(input, hx, return_states)  # type: ignore[arg-type]
-        if plain and not compiling and self.slower(input, hx):  # type: ignore[arg-type]
-            return self._by_cudnn(input, of_type(hx, input.dtype))  # type: ignore[arg-type,union-attr]
-        return self._forward_padded(input, hx, lengths, reset, reset_state, return_states)  # type: ignore[arg-type]
+                return untraced(LSTM._forward_packed, self, input, hx, return_states, refusal)
+            return self._forward_packed(input, hx, return_states, refusal)  # type: ignore[arg-type]
+        if plain and not compiling and self.slower(data, hx):
+            return self._by_cudnn(data, of_type(hx, data.dtype))
+        return self._forward_padded(data, hx, marks, return_states, refusal)
 
     def _initial(self) -> State:
         return self.initial_h, self.initial_c  # type: ignore[return-value]
@@ -252,20 +254,14 @@ class LSTM(nn.RNNBase):
         return h.contiguous(), c.contiguous()  # cuDNN takes no other
 
     def _forward_padded(
-        self,
-        input: Tensor,
-        hx: State | None,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        reset_state: State | None,
-        return_states: Sequence[str],
+        self, input: Tensor, hx: State | None, marks: Marks, return_states: Sequence[str], refusal: str
     ) -> Any:
         self._update_flat_weights()
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
-            if lengths is not None or reset is not None or reset_state is not None:
+            if any(mark is not None for mark in marks):
                 raise ValueError("lengths= and reset= go with batched 3-D input, got 2-D input")
             input = input.unsqueeze(batch_dim)
         if hx is None:
@@ -280,22 +276,23 @@ class LSTM(nn.RNNBase):
                 )
             hx = hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             self.check_forward_args(input, hx, None)
-        marks = (lengths, reset, reset_state)
-        output, h_n, c_n, *states = self._run(input, hx, self.batch_first, *marks, return_states=return_states)
+        output, h_n, c_n, *states = self._run(input, hx, self.batch_first, marks, return_states, refusal)
         if not batched:
             output, h_n, c_n = output.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
             states = [of_all.map(lambda tensor: tensor.squeeze(batch_dim)) for of_all in states]
         return output, (h_n, c_n), *states
 
-    def _forward_nested(self, input: Tensor, hx: State | None, return_states: Sequence[str]) -> Any:
+    def _forward_nested(self, input: Tensor, hx: State | None, return_states: Sequence[str], refusal: str) -> Any:
         if not self.batch_first:
             raise ValueError("a nested tensor is [B, length, input_size]: it goes with batch_first=True")
         padded, lengths = padded_of(input)
-        output, state, *states = self._forward_padded(padded, hx, lengths, None, None, return_states)
+        output, state, *states = self._forward_padded(padded, hx, Marks(lengths), return_states, refusal)
         states = [of_all.map(lambda tensor: nested_like(tensor, input)) for of_all in states]
         return nested_like(output, input), state, *states
 
-    def _forward_packed(self, input: PackedSequence, hx: State | None, return_states: Sequence[str]) -> Any:
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None, return_states: Sequence[str], refusal: str
+    ) -> Any:
         self._update_flat_weights()
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(data, batch_sizes)
@@ -304,7 +301,7 @@ class LSTM(nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
-        output, h_n, c_n, *states = self._run(padded, hx, False, lengths, return_states=return_states)
+        output, h_n, c_n, *states = self._run(padded, hx, False, Marks(lengths), return_states, refusal)
 
         def pack(tensor: Tensor) -> PackedSequence:
             data, _ = torch._VF._pack_padded_sequence(tensor, lengths, False)
@@ -318,29 +315,13 @@ class LSTM(nn.RNNBase):
         input: Tensor,
         hx: State | None,
         batch_first: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None = None,
-        reset_state: State | None = None,
-        return_states: Sequence[str] = (),
+        marks: Marks,
+        return_states: Sequence[str],
+        refusal: str,
     ) -> Any:
-        return functional.lstm(
-            input,
-            hx,
-            self._flat_weights,  # type: ignore[arg-type]
-            bias=self.bias,
-            num_layers=self.num_layers,
-            proj_size=self.proj_size,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=batch_first,
-            lengths=lengths,
-            reset=reset,
-            reset_state=reset_state,
-            return_states=return_states,
-            recompute=self.recompute,
-            batch_invariant=self.batch_invariant,
-            variant=self.variant,
-            backend=self.backend,
-            precision=self.precision or "",
-        )
+        asked = return_states if isinstance(return_states, str) else tuple(return_states)
+        stack = Stack(
+            self.bias, self.num_layers, self.proj_size, self.dropout, self.training, self.bidirectional, batch_first,
+            asked, self.recompute, self.batch_invariant, self.variant, self.backend, self.precision or "",
+        )  # fmt: skip
+        return run_stack(input, hx, self._flat_weights, stack, marks, refusal)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,14 +34,24 @@ logger = logging.getLogger("lstm_triton")
 
 
 class Request(NamedTuple):
-    """What of a call the possibility of the kernels depends on."""
+    """What of a call the possibility of the kernels depends on. precision: "" follows `torch.backends.cudnn`."""
 
     backend: str
+    device_type: str
+    device_index: int | None
     dtype: str
     precision: str
     hidden_size: int
     directions: int
     kind: str = "plain"
+
+    @property
+    def device(self) -> torch.device:
+        return (
+            torch.device(self.device_type)
+            if self.device_index is None
+            else torch.device(self.device_type, self.device_index)
+        )
 
 
 def kernel_device(device: torch.device) -> Device | NoPlan:
@@ -106,54 +116,35 @@ def compute_dtype(device_type: str, dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def kernel_refusal(
-    backend: str,
-    device_type: str,
-    index: int | None,
-    dtype: str,
-    precision: str,
-    hidden_size: int,
-    directions: int,
-    kind: str = "plain",
-) -> str:
-    """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot."""
-    if backend == "auto" and exporting():
+def kernel_refusal(*fields: Any) -> str:
+    """Why a call takes PyTorch's path; "" if it takes the kernels. RuntimeError if backend="triton" cannot.
+
+    fields: those of a `Request`, one by one, as TorchDynamo hands constants on.
+    """
+    request = Request(*fields)
+    if request.backend == "auto" and exporting():
         return ""  # the operator goes into the program, and runs in plain PyTorch where it must
-    device = _device(device_type, index)
-    if backend == "auto" and on_gpu(device) and strict():
-        backend = "triton"
-    reason = possible_refusal(backend, device_type, index, dtype, precision, hidden_size, directions, kind)
-    if reason and backend == "triton":
+    gpu = on_gpu(request.device)
+    if request.backend == "auto" and gpu and strict():
+        request = request._replace(backend="triton")
+    reason = possible_refusal(request)
+    if reason and request.backend == "triton":
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
-    if reason and on_gpu(device):
+    if reason and gpu:
         log_once(reason)
     return reason
 
 
-def possible_refusal(
-    backend: str,
-    device_type: str,
-    index: int | None,
-    dtype: str,
-    precision: str,
-    hidden_size: int,
-    directions: int,
-    kind: str = "plain",
-) -> str:
+def possible_refusal(request: Request) -> str:
     """The same as a question: nothing is raised or logged."""
-    device = _device(device_type, index)
     # Neither asks a driver, which may not be able to start.
-    if backend == "torch":
+    if request.backend == "torch":
         return 'backend="torch" asks for it'
-    if backend == "auto" and not on_gpu(device):
-        return f"the tensors are on {device_type}: the kernels run on CUDA and ROCm devices"
+    if request.backend == "auto" and not on_gpu(request.device):
+        return f"the tensors are on {request.device_type}: the kernels run on CUDA and ROCm devices"
     _warn_of_misspelt_variables()
-    request = Request(backend, dtype, resolve_precision(precision), hidden_size, directions, kind)
-    return _refusal(kernel_device(device), request) or refused_transform()
-
-
-def _device(device_type: str, index: int | None) -> torch.device:
-    return torch.device(device_type) if index is None else torch.device(device_type, index)
+    request = request._replace(precision=resolve_precision(request.precision))
+    return _refusal(kernel_device(request.device), request) or refused_transform()
 
 
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which

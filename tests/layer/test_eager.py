@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from layers import INPUTS, Case, arguments
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lstm_triton import LSTM
 from lstm_triton.layer import eager
 from lstm_triton.layer import op as ops
+from lstm_triton.layer.records import Choices, Inputs, LayerResult, read
 
 CASES = {
     "plain": Case(),
@@ -25,11 +28,15 @@ def leaves_of(case: Case) -> dict[str, Tensor]:
     return {name: given[name].to(case.dtype).requires_grad_() for name in INPUTS if given[name] is not None}
 
 
+def past_the_dispatcher(*arguments: Any) -> LayerResult:
+    return eager.layer(*read(arguments, Inputs, Choices))
+
+
 @pytest.mark.parametrize("keep", ["all", "cells", "chunk:2"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_same_bits_as_the_operator(case: Case, keep: str) -> None:
     leaves, results = leaves_of(case), []
-    for run in (eager.layer, ops.layer):
+    for run in (past_the_dispatcher, ops.layer):
         out, h_n, c_n, *_ = run(*arguments(case, leaves, keep))
         assert out.requires_grad
         grads = torch.autograd.grad(out.square().sum() + (h_n * c_n).sum(), list(leaves.values()))
@@ -44,11 +51,11 @@ def test_only_one_of_them_makes_a_graph() -> None:
     inputs = arguments(case, leaves_of(case), "nothing")
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            assert not eager.layer(*inputs)[0].requires_grad
+            assert not past_the_dispatcher(*inputs)[0].requires_grad
     detached = [one.detach() if isinstance(one, Tensor) else one for one in inputs]
-    assert not eager.layer(*detached)[0].requires_grad
+    assert not past_the_dispatcher(*detached)[0].requires_grad
     with pytest.raises(RuntimeError, match="there is nothing to go back through"):
-        eager.layer(*inputs)[0].sum().backward()
+        past_the_dispatcher(*inputs)[0].sum().backward()
 
 
 class Names(TorchDispatchMode):

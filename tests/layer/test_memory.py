@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lstm_triton import LSTM
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.forward import lstm_forward
-from lstm_triton.layer import backward as adjoint
-from lstm_triton.layer import forward as layer
+from lstm_triton.layer import backward as backward_pass
+from lstm_triton.layer import forward as forward_pass
 from lstm_triton.layer import op as ops
 from lstm_triton.layer import windows
 from lstm_triton.layer.records import Choices, Inputs, read
@@ -152,8 +153,8 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(*_: object) -> None:
         pass
 
-    monkeypatch.setattr(layer, "lstm_forward", lambda *a: lstm_forward(*a, launch=idle))
-    monkeypatch.setattr(adjoint, "lstm_backward", lambda *a: lstm_backward(*a, launch=idle))
+    monkeypatch.setattr(forward_pass, "lstm_forward", partial(lstm_forward, launch=idle))
+    monkeypatch.setattr(backward_pass, "lstm_backward", partial(lstm_backward, launch=idle))
 
 
 class Peak(TorchDispatchMode):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import layers
 import pytest
 import torch
-from layers import INPUTS, Case, backward_of, run_recurrence
+from layers import INPUTS, Case, argument, backward_of, run_recurrence
 
 from lstm_triton import functional
 from lstm_triton.kernels.config import Config
-from lstm_triton.layer import forward as layer
+from lstm_triton.layer import forward as forward_pass
 from lstm_triton.layer.records import Choices, Inputs, read
 from lstm_triton.testing.interpreter import cooperative
 
@@ -139,8 +139,12 @@ def weights_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize(("grad", "requires"), [(False, True), (True, False)])
 def test_nothing_is_kept_without_a_gradient(grad: bool, requires: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    original = layer.lstm_forward
-    monkeypatch.setattr(layer, "lstm_forward", lambda *a, **k: kept.append(a[6]) or original(*a, **k))
+    original = forward_pass.lstm_forward
+    monkeypatch.setattr(
+        forward_pass,
+        "lstm_forward",
+        lambda *a, **k: kept.append(argument("save", original, *a, **k)) or original(*a, **k),
+    )
     x, weights = weights_of(Case())
     with torch.set_grad_enabled(grad):
         functional.lstm(x.requires_grad_(requires), None, weights, backend="triton")

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import Case, assert_as_good_as_torch, by_kernels
+from layers import Case, argument, assert_as_good_as_torch, by_kernels
 from torch import Tensor
 
 from lstm_triton import LSTM, LSTMCell, explain
 from lstm_triton.kernels.config import Config
-from lstm_triton.layer import forward as layer
+from lstm_triton.layer import forward as forward_pass
 from lstm_triton.planning.device import KNOWN
 from lstm_triton.planning.planner import SINGLE_BATCH, plan_single
 from lstm_triton.planning.problem import Problem
@@ -43,13 +43,13 @@ def test_one_launch(config: Config, case: Case) -> None:
 def placements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The placements of all forward launches from now on."""
     seen: list[str] = []
-    real = layer.lstm_forward
+    real = forward_pass.lstm_forward
 
-    def watching(*arguments):
-        seen.append(arguments[4].placement)
-        return real(*arguments)
+    def watching(*given, **options):
+        seen.append(argument("config", real, *given, **options).placement)
+        return real(*given, **options)
 
-    monkeypatch.setattr(layer, "lstm_forward", watching)
+    monkeypatch.setattr(forward_pass, "lstm_forward", watching)
     return seen
 
 

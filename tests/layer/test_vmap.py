@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import argument
 from torch import Tensor
 
 from lstm_triton import LSTM
-from lstm_triton.layer import forward as layer
-from lstm_triton.layer import vmap as batching
+from lstm_triton.layer import forward as forward_pass
+from lstm_triton.layer import vmap
 from lstm_triton.planning.device import KNOWN
 
 BACKENDS = ["torch", "triton"]
@@ -89,11 +90,11 @@ def test_reverse_mode_of_torch_func(options: dict) -> None:
 
 def test_a_large_ensemble_goes_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H100 64 members of H=512 in one launch would crowd each other out; eight of H=128 do not."""
-    monkeypatch.setattr(batching, "kernel_device", lambda device: KNOWN["sm_90"])
+    monkeypatch.setattr(vmap, "kernel_device", lambda device: KNOWN["sm_90"])
 
     def of(members: int, hidden_size: int) -> int:
         w_hh = torch.empty(1, 4 * hidden_size, hidden_size, device="meta", dtype=torch.bfloat16)
-        return batching.members_per_launch(members, 1, w_hh, 32, "tf32")
+        return vmap.members_per_launch(members, 1, w_hh, 32, "tf32")
 
     assert of(8, 128) == 8
     assert 1 <= of(64, 512) < 64
@@ -102,20 +103,20 @@ def test_a_large_ensemble_goes_in_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_groups_give_what_one_launch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     members, module, parameters = ensemble("triton", bidirectional=True)
     x = torch.randn(MEMBERS, 3, 2, 3)
-    monkeypatch.setattr(batching, "members_per_launch", lambda *_: 2)
+    monkeypatch.setattr(vmap, "members_per_launch", lambda *_: 2)
     results = torch.func.vmap(call(module))(parameters, x)
     assert_like_the_loop(members, results, parameters, [((one,), {}) for one in x])
 
 
 def test_an_ensemble_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    real = layer.lstm_forward
+    real = forward_pass.lstm_forward
 
-    def counting(*arguments):
-        launched.append(tuple(arguments[1].shape))  # W_hh [D, 4H, H]
-        return real(*arguments)
+    def counting(*given, **options):
+        launched.append(tuple(argument("w_hh", real, *given, **options).shape))
+        return real(*given, **options)
 
-    monkeypatch.setattr(layer, "lstm_forward", counting)
+    monkeypatch.setattr(forward_pass, "lstm_forward", counting)
     _, module, parameters = ensemble("triton", bidirectional=True)
     torch.func.vmap(call(module), in_dims=(0, None))(parameters, torch.randn(3, 2, 3))
     assert launched == [(MEMBERS * 2, 16, 4)]

@@ -16,8 +16,7 @@ from torch import nn
 from lstm_triton import LSTM
 from lstm_triton.kernels import backward, forward
 from lstm_triton.layer import comparison, first_use
-from lstm_triton.planning import route as routing
-from lstm_triton.planning import store
+from lstm_triton.planning import route, store
 from lstm_triton.planning.table import Entry
 
 pytestmark = pytest.mark.machine
@@ -33,7 +32,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[t
     """What has been compared, with the complaint; in a folder of its own, as the first process that comes."""
     monkeypatch.setenv("LSTM_TRITON_CHECK", "first")
     monkeypatch.setenv("LSTM_TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(routing, "_wrong", {})
+    monkeypatch.setattr(route, "_wrong", {})
     made: list[tuple[str, str]] = []
     real = comparison.complaint
 
@@ -53,8 +52,8 @@ def forget() -> None:
     first_use._found.clear()
     first_use._read.cache_clear()
     first_use._warn_once.cache_clear()
-    routing._wrong.clear()
-    routing._refusal.cache_clear()
+    route._wrong.clear()
+    route._refusal.cache_clear()
 
 
 def train(module: LSTM, x: torch.Tensor, **marks: torch.Tensor) -> list[torch.Tensor]:
@@ -175,7 +174,7 @@ def test_another_process_reads_what_was_found(engine: Engine, compared, monkeypa
 
 def test_records_of_other_drivers_and_kernels_are_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine():
-        device = routing.kernel_device(torch.device("cpu"))
+        device = route.kernel_device(torch.device("cpu"))
     paths = {first_use.record_path(device)}
     monkeypatch.setattr(first_use, "driver_version", lambda: "575.57.08")
     paths.add(first_use.record_path(device))
@@ -221,7 +220,7 @@ def test_what_is_not_compared(engine: Engine, reason: str, compared, monkeypatch
     if reason == "capture":
         monkeypatch.setattr(first_use, "is_capturing", lambda device: True)
     with engine():
-        device = routing.kernel_device(x.device)
+        device = route.kernel_device(x.device)
         with torch.no_grad():
             if reason == "plan":
                 config = (
@@ -233,10 +232,10 @@ def test_what_is_not_compared(engine: Engine, reason: str, compared, monkeypatch
 
                 functional.lstm(x, None, weights, backend="triton", precision="tf32", plan=f"{config}|{config}")
             elif reason == "table":
-                problem = routing.Problem("forward", 16, 2, 1, "float32", "tf32")
-                chosen = routing.plan_for(problem, device).config
+                problem = route.Problem("forward", 16, 2, 1, "float32", "tf32")
+                chosen = route.plan_for(problem, device).config
                 table = store.new_table(device, {})
-                table.entries[routing.bucket_of(problem)] = Entry(chosen, {}, True)
+                table.entries[route.bucket_of(problem)] = Entry(chosen, {}, True)
                 with store.using(table, device):
                     module(x)
             else:
@@ -250,18 +249,18 @@ def test_what_does_not_compile_is_left_out(engine: Engine, compared, monkeypatch
 
     real, failing = comparison.forward_pass.lstm_forward, []
 
-    def limited(gates, w_hh, state, layout, config, *rest):
+    def limited(gates, w_hh, state, layout, config, *rest, **options):
         if not failing:
             failing.append(config)
         if config == failing[0]:
             raise OutOfResources(300_000, 200_000, "shared memory")
-        return real(gates, w_hh, state, layout, config, *rest)
+        return real(gates, w_hh, state, layout, config, *rest, **options)
 
     monkeypatch.setattr(comparison.forward_pass, "lstm_forward", limited)
     module, x = LSTM(5, 16, backend="triton").half(), torch.randn(3, 2, 5).half()
     with engine(), torch.no_grad():
         assert module(x)[0].isfinite().all()
-    assert failing[0] in next(iter(routing._wrong.values()))
+    assert failing[0] in next(iter(route._wrong.values()))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -277,7 +276,7 @@ def test_training_goes_on_where_only_the_pass_back_is_wrong(
         return real(one, *configs)
 
     monkeypatch.setattr(comparison, "complaint", partly)
-    routing.warn_once_of_the_loop.cache_clear()
+    route.warn_once_of_the_loop.cache_clear()
     module, x = LSTM(5, 16).half(), torch.randn(3, 2, 5).half()
     plain = nn.LSTM(5, 16).half()
     plain.load_state_dict(module.state_dict())
@@ -297,7 +296,7 @@ def test_errors_of_the_device_are_not_complaints(engine: Engine, compared, monke
     monkeypatch.setattr(comparison, "complaint", fail)
     with engine(), torch.no_grad(), pytest.raises(RuntimeError, match="illegal memory access"):
         LSTM(5, 16).half()(torch.randn(3, 2, 5).half())
-    assert not routing._wrong
+    assert not route._wrong
 
     def no_room(*arguments) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory")

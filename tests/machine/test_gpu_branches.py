@@ -21,8 +21,7 @@ from lstm_triton.commands import tune
 from lstm_triton.functional import stack
 from lstm_triton.layer import choice, fallback, first_use
 from lstm_triton.modules import lstm as module
-from lstm_triton.planning import device, store
-from lstm_triton.planning import route as routing
+from lstm_triton.planning import device, route, store
 from lstm_triton.planning.cudnn import Call
 from lstm_triton.planning.planner import NoPlan
 from lstm_triton.planning.table import Contest
@@ -32,7 +31,7 @@ from .driver import Machine, running
 
 pytestmark = pytest.mark.machine
 
-ASKING = (choice, fallback, first_use, module, routing, stack, tune)
+ASKING = (choice, fallback, first_use, module, route, stack, tune)
 PACKAGE = Path(lstm_triton.__file__).parent
 
 
@@ -91,10 +90,10 @@ def flattening_is_asked_for_where_cudnn_runs(machine, monkeypatch, caplog) -> No
 @runs
 def a_contest_that_nn_lstm_has_won(machine, monkeypatch, caplog) -> None:
     made, x = ours()
-    here = routing.kernel_device(x.device)
+    here = route.kernel_device(x.device)
     table = store.new_table(here, {})
     for training in (False, True):
-        bout = routing.bout_of(Call(4, 16, 2, 1, 1, "float16"), "tf32", training, False, here)
+        bout = route.bout_of(Call(4, 16, 2, 1, 1, "float16"), "tf32", training, False, here)
         table.contests[bout] = Contest(1.0, 2.0) if Contest(1.0, 2.0).speedup < 1 else Contest(2.0, 1.0)
     with store.using(table, here):
         out, _ = made(x)
@@ -115,7 +114,7 @@ def strict_makes_an_error_of_a_fallback(machine, monkeypatch, caplog) -> None:
 
 @runs
 def a_fallback_is_logged_once(machine, monkeypatch, caplog) -> None:
-    routing.log_once.cache_clear()
+    route.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "lstm_triton"):
         for _ in range(2):
             LSTM(4, 16).double()(torch.randn(3, 2, 4).double())
@@ -125,7 +124,7 @@ def a_fallback_is_logged_once(machine, monkeypatch, caplog) -> None:
 
 @runs
 def a_loop_over_time_is_warned_of(machine, monkeypatch, caplog) -> None:
-    routing.warn_once_of_the_loop.cache_clear()
+    route.warn_once_of_the_loop.cache_clear()
     x = torch.randn(3, 2, 4).double()
     LSTM(4, 16).double()(x, lengths=torch.tensor([3, 1]))
     assert [text for text in caplog.messages if "step by step in plain PyTorch" in text]
@@ -133,7 +132,7 @@ def a_loop_over_time_is_warned_of(machine, monkeypatch, caplog) -> None:
 
 @runs
 def second_derivatives_are_warned_of(machine, monkeypatch, caplog) -> None:
-    routing.warn_once_of_the_loop.cache_clear()
+    route.warn_once_of_the_loop.cache_clear()
     made = LSTM(4, 16, precision="tf32x3")
     x = torch.randn(3, 2, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(made(x)[0].sum(), x, create_graph=True)
@@ -170,7 +169,7 @@ def tuning_meets_nn_lstm_on_a_gpu(machine, monkeypatch, caplog) -> None:
     monkeypatch.setattr(tune.Tuner, "_contest", lambda self, shape, pool: met.append(shape.hidden_size))
     where = device.gpu_here()
     assert where == torch.device("cpu")
-    here = routing.kernel_device(where)
+    here = route.kernel_device(where)
     tuner = tune.Tuner(store.new_table(here, {}), Path("unused"), here, where, False)
     tuner.tune(tune.parse_shapes(["16x2"], ["bfloat16"]), float("inf"), None)
     assert met == [16]
@@ -186,8 +185,8 @@ def tuning_says_why_it_cannot(machine, monkeypatch, caplog) -> None:
 
 @runs
 def a_gpu_is_looked_up(machine, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(routing, "device_of", lambda where: device.KNOWN["sm_90"])
-    assert routing.kernel_device(torch.device("cuda", 1)).name == "H100"
+    monkeypatch.setattr(route, "device_of", lambda where: device.KNOWN["sm_90"])
+    assert route.kernel_device(torch.device("cuda", 1)).name == "H100"
 
 
 @runs

@@ -14,8 +14,7 @@ from torch import nn
 
 from lstm_triton import LSTM
 from lstm_triton.kernels.config import Config
-from lstm_triton.planning import device
-from lstm_triton.planning import route as routing
+from lstm_triton.planning import device, route
 
 from .driver import Machine, running
 
@@ -110,5 +109,7 @@ def test_a_refusal_while_auto_is_asked(engine: Engine, refusals: None) -> None:
         assert launches
         second, _ = ours(x)
         assert len(machine.launches) == launches
-        assert "one launch a step" in routing.possible_refusal("auto", "cpu", None, "float32", "ieee", 40, 1)
+        assert "one launch a step" in route.possible_refusal(
+            route.Request("auto", "cpu", None, "float32", "ieee", 40, 1)
+        )
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)

@@ -16,8 +16,7 @@ import triton
 import lstm_triton
 from lstm_triton import LSTM
 from lstm_triton.commands import doctor
-from lstm_triton.planning import device
-from lstm_triton.planning import route as routing
+from lstm_triton.planning import device, route
 from lstm_triton.planning.planner import NoPlan
 
 PACKAGE = Path(lstm_triton.__file__).parent
@@ -56,7 +55,7 @@ def gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(routing, "is_interpreted", lambda kernel: False)
+    monkeypatch.setattr(route, "is_interpreted", lambda kernel: False)
 
     class Absent:
         @property
@@ -72,26 +71,28 @@ def gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_driver_that_does_not_start_is_a_reason(gpu_without_a_driver: None, caplog: pytest.LogCaptureFixture) -> None:
     reason = "Triton's driver does not start: RuntimeError: Failed to find C compiler"
     request = ("cuda", 0, "float32", "tf32", 64, 1)
-    assert reason in routing.possible_refusal("auto", *request)
-    assert reason in str(routing.kernel_device(torch.device("cuda")))
+    assert reason in route.possible_refusal(route.Request("auto", *request))
+    assert reason in str(route.kernel_device(torch.device("cuda")))
     with caplog.at_level(logging.INFO, "lstm_triton"):
-        assert reason in routing.kernel_refusal("auto", *request)
+        assert reason in route.kernel_refusal("auto", *request)
     assert [message for message in caplog.messages if reason in message]
     with pytest.raises(RuntimeError, match="Failed to find C compiler"):
-        routing.kernel_refusal("triton", *request)
+        route.kernel_refusal("triton", *request)
     assert any(reason in line for line in doctor.report().splitlines())
 
 
 def test_strict_says_so_too(gpu_without_a_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
     with pytest.raises(RuntimeError, match="Failed to find C compiler"):
-        routing.kernel_refusal("auto", "cuda", 0, "float32", "tf32", 64, 1)
+        route.kernel_refusal("auto", "cuda", 0, "float32", "tf32", 64, 1)
 
 
 def test_whoever_asks_for_pytorch_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "kernel_device", None)  # would raise
-    assert routing.possible_refusal("torch", "cuda", 0, "float32", "", 64, 1) == 'backend="torch" asks for it'
-    assert "are on cpu" in routing.possible_refusal("auto", "cpu", None, "float32", "", 64, 1)
+    monkeypatch.setattr(route, "kernel_device", None)  # would raise
+    assert (
+        route.possible_refusal(route.Request("torch", "cuda", 0, "float32", "", 64, 1)) == 'backend="torch" asks for it'
+    )
+    assert "are on cpu" in route.possible_refusal(route.Request("auto", "cpu", None, "float32", "", 64, 1))
     module = LSTM(3, 4, backend="torch")
     assert "asks for it" in module.refusal(torch.empty(1, 1, 3))
     module.flatten_parameters()
@@ -154,10 +155,10 @@ def test_what_is_being_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_misspelt_variables_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("LSTM_TRITON_STRCIT", "1")
     monkeypatch.setenv("LSTM_TRITON_LIMITS", "off")  # read by a script
-    routing._warn_of_misspelt_variables.cache_clear()
+    route._warn_of_misspelt_variables.cache_clear()
     for _ in range(2):
-        routing.possible_refusal("triton", "cpu", None, "float32", "", 64, 1)
-    routing._warn_of_misspelt_variables.cache_clear()
+        route.possible_refusal(route.Request("triton", "cpu", None, "float32", "", 64, 1))
+    route._warn_of_misspelt_variables.cache_clear()
     assert [text for text in caplog.messages if "STRCIT" in text and "doctor" in text] == caplog.messages
     assert len(caplog.messages) == 1
     assert "LSTM_TRITON_STRCIT" in doctor.report()
@@ -169,4 +170,4 @@ def test_no_device_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not device.on_gpu(torch.device("meta"))
     assert device.on_gpu(torch.device("cuda", 1))
     assert device.gpu_here() is None or torch.cuda.is_available()
-    assert isinstance(routing.kernel_device(torch.device("meta")), NoPlan)
+    assert isinstance(route.kernel_device(torch.device("meta")), NoPlan)

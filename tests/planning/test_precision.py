@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from lstm_triton import LSTM
 from lstm_triton.kernels import forward
-from lstm_triton.layer import forward as layer
+from lstm_triton.layer import forward as forward_pass
 from lstm_triton.planning import precision
 from lstm_triton.planning.precision import matmul_precision
 
@@ -73,13 +74,13 @@ def test_a_pass_holds_it_once(variant: str, recompute: str, monkeypatch: pytest.
 def test_gemms_and_recurrence_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cuBLAS would read while a pass is computed, and afterwards."""
     seen = []
-    real = layer.projected_input
+    real = forward_pass.projected_input
 
     def noted(*arguments):
         seen.append(torch.backends.cuda.matmul.fp32_precision)
         return real(*arguments)
 
-    monkeypatch.setattr(layer, "projected_input", noted)
+    monkeypatch.setattr(forward_pass, "projected_input", noted)
     x = torch.randn(2, 2, 4)
     for asked in ("tf32", "ieee", "tf32x3"):
         LSTM(4, 16, backend="triton", precision=asked)(x)
@@ -183,7 +184,7 @@ def test_the_kernels_get_what_is_resolved(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(recurrence.how.PRECISION)
         real(kernel, recurrence, arguments)
 
-    monkeypatch.setattr(layer, "lstm_forward", lambda *a: forward.lstm_forward(*a, launch=noted))
+    monkeypatch.setattr(forward_pass, "lstm_forward", partial(forward.lstm_forward, launch=noted))
     LSTM(4, 16, backend="triton")(torch.randn(2, 2, 4))
     with torch.backends.cudnn.flags(allow_tf32=False):
         LSTM(4, 16, backend="triton")(torch.randn(2, 2, 4))

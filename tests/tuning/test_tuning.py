@@ -19,8 +19,7 @@ from processes import FOREVER, side_by_side
 
 from lstm_triton.kernels.config import Config
 from lstm_triton.layer import op
-from lstm_triton.planning import route as routing
-from lstm_triton.planning import store
+from lstm_triton.planning import route, store
 from lstm_triton.planning.cudnn import Call
 from lstm_triton.planning.device import INTERPRETER, KNOWN
 from lstm_triton.planning.planner import candidates, fits, plan
@@ -94,12 +93,12 @@ def test_the_users_table_is_active_unless_switched_off(monkeypatch: pytest.Monke
     store._found.cache_clear()
     path = write()
     assert store.active_table(H100).name == path.stem
-    assert routing.plan_for(PROBLEM, H100).source == path.stem
+    assert route.plan_for(PROBLEM, H100).source == path.stem
     monkeypatch.setenv("LSTM_TRITON_AUTOTUNE", "off")
-    assert routing.plan_for(PROBLEM, H100).source == "heuristic"
+    assert route.plan_for(PROBLEM, H100).source == "heuristic"
     monkeypatch.setenv("LSTM_TRITON_AUTOTUNE", "sometimes")
     with pytest.raises(ValueError, match="LSTM_TRITON_AUTOTUNE should be one of off, cached, on, got: 'sometimes'"):
-        routing.plan_for(PROBLEM, H100)
+        route.plan_for(PROBLEM, H100)
 
 
 def test_users_entries_go_before_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,35 +339,35 @@ def call(**changes) -> Call:
 
 def test_where_nn_lstm_was_faster_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     where = torch.device("cuda")
-    monkeypatch.setattr(routing, "kernel_device", lambda device: H100)
+    monkeypatch.setattr(route, "kernel_device", lambda device: H100)
     slow = replace(table(), name="measured")
     with store.using(slow, H100):
-        reason = routing.slower_reason(where, call(), "tf32", training=True, single_step=False)
+        reason = route.slower_reason(where, call(), "tf32", training=True, single_step=False)
         assert reason.startswith(
             "nn.LSTM measured 2.00 times faster here (table measured): cuDNN's algorithm is standard"
         )
         # Another batch, mode, length or algorithm was not measured.
-        assert routing.slower_reason(where, call(batch=64), "tf32", True, False) == ""
-        assert routing.slower_reason(where, call(), "tf32", False, False) == ""
-        assert routing.slower_reason(where, call(), "tf32", True, True) == ""
-        assert routing.slower_reason(where, call(dtype="float16"), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(batch=64), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(), "tf32", False, False) == ""
+        assert route.slower_reason(where, call(), "tf32", True, True) == ""
+        assert route.slower_reason(where, call(dtype="float16"), "tf32", True, False) == ""
         monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
-        assert routing.slower_reason(where, call(), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(), "tf32", True, False) == ""
     monkeypatch.delenv("LSTM_TRITON_STRICT")
     with store.using(replace(slow, contests={BOUT: Contest(1.0, 1.0)}), H100):
-        assert routing.slower_reason(where, call(), "tf32", True, False) == ""
-    assert routing.slower_reason(where, call(), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(), "tf32", True, False) == ""
+    assert route.slower_reason(where, call(), "tf32", True, False) == ""
 
 
 def test_strict_turns_a_fallback_on_a_gpu_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "kernel_device", lambda device: H100)
+    monkeypatch.setattr(route, "kernel_device", lambda device: H100)
     refused = ("auto", "cuda", 0, "float64", "tf32", 512, 1)
-    assert "float64" in routing.kernel_refusal(*refused)
+    assert "float64" in route.kernel_refusal(*refused)
     monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
     with pytest.raises(RuntimeError, match="float64"):
-        routing.kernel_refusal(*refused)
-    assert routing.kernel_refusal("auto", "cuda", 0, "float16", "tf32", 512, 1) == ""
-    assert "on cpu" in routing.kernel_refusal("auto", "cpu", None, "float32", "tf32", 512, 1)
+        route.kernel_refusal(*refused)
+    assert route.kernel_refusal("auto", "cuda", 0, "float16", "tf32", 512, 1) == ""
+    assert "on cpu" in route.kernel_refusal("auto", "cpu", None, "float32", "tf32", 512, 1)
 
 
 def test_candidates_are_compiled_ahead_and_spills_left_out() -> None:
