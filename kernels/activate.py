@@ -34,7 +34,7 @@ def activate_kernel(
     c_prev,  # [rows, D, H] or None: nothing depends on it
     peephole,  # [D, 3, H] or None
     masks,  # Masks; those of single steps
-    limits,  # Limits
+    scalars,  # Scalars
     batch,
     seq_len,
     row_stride_t,
@@ -60,7 +60,7 @@ def activate_kernel(
     weights_c = Peephole(None, None, None)
     if peephole is not None:
         weights_c = of_peephole(peephole, tile, how)
-    activated, _ = lstm_forward_step(a, before, weights_c, g_scale, limits, how)
+    activated, _ = lstm_forward_step(a, before, weights_c, g_scale, scalars, how)
     store_gates(gates, offset, owned, activated, how)
 
 
@@ -79,7 +79,7 @@ def activate(
     grid = (triton.cdiv(layout.rows, block_b), triton.cdiv(hidden_size, block_h), directions)
     with on_device_of(gates):
         activate_kernel[grid](
-            gates, c_prev, own.peephole, own.masks(), own.limits(),
+            gates, c_prev, own.peephole, own.masks(), own.scalars(),
             layout.batch, layout.seq_len, layout.stride_t, layout.stride_b, variants.time_begin,
             given(how),
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import candidate, clipped, lstm_backward_step, lstm_output_backward, rounded_product, zoneout_backward
+from .cell import clipped, lstm_backward_step, lstm_output_backward, next_cell, rounded_product, zoneout_backward
 from .config import Config, Layout, compute_dtype
 from .exchange import await_flags, publish_gates, publishable_gates, raise_flag
 from .launch import Launcher, Recurrence, how_of, run, wide_marks
@@ -76,7 +76,7 @@ def lstm_backward_kernel(
     dpeephole,  # [3, D, B, H] or None
     norm,  # Norm
     masks,  # Masks
-    limits,  # Limits
+    scalars,  # Scalars
     batch, seq_len, row_stride_t, row_stride_b,
     first_tile,  # first batch tile of this launch
     step_begin, step_end,
@@ -134,7 +134,7 @@ def lstm_backward_kernel(
             dc += load_tile(incoming.kept.cells, in_sequence(at.rows, tile, how), live, how)
         dh_new, dh_old = zoneout_backward(dh, drawn.keep_h, how.ZONEOUT_H, how.SAMPLED)
         dc_new, dc_old = zoneout_backward(dc, drawn.keep_c, how.ZONEOUT_C, how.SAMPLED)
-        cells = cells_of(gates, c_prev, c, drawn.g_scale, limits, how)
+        cells = cells_of(gates, c_prev, c, drawn.g_scale, scalars, how)
         if how.NORM:
             pairs = norm.pairs + (at.rows * how.D + tile.direction) * (4 * how.TILES)
             normed = normalised(cells.now, of_c, how)
@@ -151,7 +151,7 @@ def lstm_backward_kernel(
         d = Gates(None, None, None, do)
         if incoming.kept.gates is not None:
             d = with_activated(do, incoming.kept.gates, offset, live, how)
-        da, dc_prev = lstm_backward_step(gates, cells, d, dc_new, weights_c, drawn.g_scale, limits, how)
+        da, dc_prev = lstm_backward_step(gates, cells, d, dc_new, weights_c, drawn.g_scale, scalars, how)
         if how.ZONEOUT_C:
             dc_prev += dc_old
         da = within(live, da)
@@ -184,13 +184,13 @@ def lstm_backward_kernel(
 
 
 @triton.jit
-def cells_of(gates, c_prev, c, g_scale, limits, how: tl.constexpr):
+def cells_of(gates, c_prev, c, g_scale, scalars, how: tl.constexpr):
     """c_t before and after it was clipped: c as it was saved, or made again where that is something else."""
-    if limits.cell is None and not how.ZONEOUT_C:
+    if scalars.cell_clip is None and not how.ZONEOUT_C:
         return Cells(c_prev, c, c)
     else:
-        raw = candidate(gates, c_prev, g_scale, how)
-        return Cells(c_prev, raw, clipped(raw, limits.cell))
+        raw = next_cell(gates, c_prev, g_scale, how)
+        return Cells(c_prev, raw, clipped(raw, scalars.cell_clip))
 
 
 @triton.jit
@@ -309,7 +309,7 @@ def lstm_backward(
         resets=Resets(wide_marks(reset), None, reset_c), w_hh=w_hh, dgates=dgates, dinitial=dinitial, dreset=dreset,
         lengths=lengths, peephole=variants.peephole, dpeephole=dpeephole,
         norm=Norm(variants.gain_hh, variants.norm_c, pairs, stats, product, dproduct, dnorm_c), masks=variants.masks(),
-        limits=variants.limits(), time_begin=variants.time_begin,
+        scalars=variants.scalars(), time_begin=variants.time_begin,
     )  # fmt: skip
     how = how_of(config, hidden_size, directions, order, precision, w_hh.dtype, variants.features, backward=True)
     exchanged = (dgates if dproduct is None else dproduct, pairs)

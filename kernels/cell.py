@@ -4,7 +4,7 @@ Gate order is PyTorch's: input i, forget f, candidate g, output o. Every tile is
 type (fp32, or fp64 under the interpreter) and of one shape; the functions do not care which.
 
 What a variant adds stands behind an argument that is None (or False) without it, and then leaves nothing in the
-binary: the peephole weights of each unit; DROPOUT, with g_scale, the mask on the candidate; ZONEOUT; limits; COUPLED,
+binary: the peephole weights of each unit; DROPOUT, with g_scale, the mask on the candidate; ZONEOUT; scalars; COUPLED,
 f = 1 - i. A layer-normalised cell (NORM) hands in what `norm.py` has made of its pre-activations, and normalises c_t
 before `lstm_output`. EXACT: of fp32 data whose products keep fp32's precision, for which the approximations that are
 good enough elsewhere would be most of the error. `lstm_triton.reference` states the same in
@@ -114,8 +114,8 @@ def clipped(x, bound):
 
 
 @triton.jit
-def candidate(gates, c_prev, g_scale, how: tl.constexpr):
-    """The new cell state, before it is clipped."""
+def next_cell(gates, c_prev, g_scale, how: tl.constexpr):
+    """c_t, before it is clipped."""
     g = gates.g
     if how.DROPOUT:
         g = g * g_scale
@@ -127,7 +127,7 @@ def candidate(gates, c_prev, g_scale, how: tl.constexpr):
 
 
 @triton.jit
-def lstm_forward_step(a, c_prev, peephole, g_scale, limits, how: tl.constexpr):
+def lstm_forward_step(a, c_prev, peephole, g_scale, scalars, how: tl.constexpr):
     """Pre-activations of the gates and c_{t-1} -> activated gates and the new c_t."""
     a_i, a_f, a_o = a.i, a.f, a.o
     if peephole.i is not None:
@@ -136,7 +136,7 @@ def lstm_forward_step(a, c_prev, peephole, g_scale, limits, how: tl.constexpr):
     i = sigmoid(a_i, how.EXACT)
     f = 1.0 - i if how.COUPLED else sigmoid(a_f, how.EXACT)
     g = tanh(a.g, how.EXACT)
-    c = clipped(candidate(Gates(i, f, g, None), c_prev, g_scale, how), limits.cell)
+    c = clipped(next_cell(Gates(i, f, g, None), c_prev, g_scale, how), scalars.cell_clip)
     if peephole.o is not None:
         a_o += peephole.o * c
     return Gates(i, f, g, sigmoid(a_o, how.EXACT)), c
@@ -156,15 +156,18 @@ def lstm_output_backward(o, c, dh, EXACT: tl.constexpr):
 
 
 @triton.jit
-def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, limits, how: tl.constexpr):
-    """Gradients of the activated gates (d: all of o, of the rest what does not come through c_t, None for nothing) and
-    of c_t -> those of the four pre-activations and of c_{t-1}."""
+def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, scalars, how: tl.constexpr):
+    """Gradients of the activated gates and of c_t -> those of the four pre-activations and of c_{t-1}.
+
+    d: of o the whole gradient; of i, f and g only what the caller was given for the kept gates themselves (None for
+    nothing), to which the gradient through c_t is added here.
+    """
     i, f, g, o = gates.i, gates.f, gates.g, gates.o
-    da_o = clipped(d.o * o * (1.0 - o), limits.grad)
+    da_o = clipped(d.o * o * (1.0 - o), scalars.recurrent_grad_clip)
     if peephole.o is not None:
         dc += da_o * peephole.o
-    if limits.cell is not None:
-        dc = tl.where(tl.abs(cells.raw) <= limits.cell, dc, 0.0)
+    if scalars.cell_clip is not None:
+        dc = tl.where(tl.abs(cells.raw) <= scalars.cell_clip, dc, 0.0)
     through_i, through_f, through_g = dc * g, dc * cells.prev, dc * i
     if how.DROPOUT:
         through_i, through_g = through_i * g_scale, through_g * g_scale
@@ -172,9 +175,9 @@ def lstm_backward_step(gates, cells, d, dc, peephole, g_scale, limits, how: tl.c
         through_i, through_f, through_g = through_i + d.i, through_f + d.f, through_g + d.g
     if how.COUPLED:
         through_i -= through_f
-    da_i = clipped(through_i * i * (1.0 - i), limits.grad)
-    da_f = tl.zeros_like(f) if how.COUPLED else clipped(through_f * f * (1.0 - f), limits.grad)
-    da_g = clipped(through_g * (1.0 - g * g), limits.grad)
+    da_i = clipped(through_i * i * (1.0 - i), scalars.recurrent_grad_clip)
+    da_f = tl.zeros_like(f) if how.COUPLED else clipped(through_f * f * (1.0 - f), scalars.recurrent_grad_clip)
+    da_g = clipped(through_g * (1.0 - g * g), scalars.recurrent_grad_clip)
     dc_prev = dc * f
     if peephole.i is not None:
         dc_prev += da_i * peephole.i + da_f * peephole.f

@@ -111,14 +111,15 @@ CHANCE_BITS = 24  # a probability is a whole number of 2^-24: what a mask's 24 r
 
 @dataclass(frozen=True)
 class Cell(_Encoded):
-    """What the cell computes beyond the plain LSTM, but for what a given tensor says already (see `Variants`).
+    """What the cell computes beyond the plain LSTM, but for what a given tensor says already (see
+    `kernels.variants.Variants`).
 
     sampled: masks are drawn (training); else each is replaced by its mean.
     zoneout_h, zoneout_c: probability that a unit keeps its h, its c. recurrent_dropout: of dropping the new
         candidate g of a unit, at one step. variational_x, variational_h: of dropping an input of the layer, a unit
         of the h that its recurrent product reads, for a whole sequence. All in units of 2^-24, see `chance`.
-    cell_clip, grad_clip: bounds of |c|, and of the gradients of the pre-activations; 0 for none.
-    coupled: f = 1 - i.
+    cell_clip, recurrent_grad_clip: bounds of |c|, and of the gradients of the pre-activations; 0 for none.
+    coupled_gates: f = 1 - i.
     """
 
     sampled: bool = False
@@ -128,8 +129,8 @@ class Cell(_Encoded):
     variational_x: int = 0
     variational_h: int = 0
     cell_clip: float = 0.0
-    grad_clip: float = 0.0
-    coupled: bool = False
+    recurrent_grad_clip: float = 0.0
+    coupled_gates: bool = False
 
     @property
     def draws(self) -> bool:

@@ -59,7 +59,7 @@ def lstm_forward_kernel(
     peephole,  # [D, 3, H] or None: to i, f and o
     norm,  # Norm
     masks,  # Masks
-    limits,  # Limits
+    scalars,  # Scalars
     batch, seq_len, row_stride_t, row_stride_b,
     first_tile,  # first batch tile of this launch
     step_begin, step_end,
@@ -112,7 +112,7 @@ def lstm_forward_kernel(
             z, of_z = norm_gates(z, gains.gates, Sharing(pairs, step * how.PUBLISHED + 1, peers), tile, how)
 
         a = Gates(z.i + x.i, z.f + x.f, z.g + x.g, z.o + x.o)
-        activated, c = lstm_forward_step(a, before.c, weights_c, drawn.g_scale, limits, how)
+        activated, c = lstm_forward_step(a, before.c, weights_c, drawn.g_scale, scalars, how)
         seen = c
         if how.NORM:
             of_c = moments((c,), Sharing(pairs + 2 * how.TILES, step * how.PUBLISHED + 2, peers), tile, how)
@@ -275,7 +275,7 @@ def lstm_forward(
     arguments = dict(
         gates=gates, w_hh=w_hh, initial=initial, resets=resets, out=out, cells=cells, final=final, carry=carry,
         lengths=lengths, single=single, peephole=variants.peephole,
-        norm=Norm(variants.gain_hh, variants.norm_c, pairs, stats), masks=masks, limits=variants.limits(),
+        norm=Norm(variants.gain_hh, variants.norm_c, pairs, stats), masks=masks, scalars=variants.scalars(),
         time_begin=variants.time_begin,
     )  # fmt: skip
     collected = initial.h, resets.h, masks.h_0, masks.reset_h  # out and sent are of our own making

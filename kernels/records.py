@@ -5,7 +5,8 @@ for records that are arguments of a kernel, or go through device functions:
 
 - An integer inside a record would be part of the binary, so the sizes of a batch, a sequence and a launch are arguments
   of their own, see RUNTIME.
-- A float is never part of it, so probabilities are floats: whole numbers of 2^-24, which a float32 holds exactly.
+- A float inside a record is no part of the binary. So what varies from call to call is a float; a probability, which
+  a mask compares with 24 random bits, is a whole number of 2^-24 (`config.chance`), which a float32 holds exactly.
 - A device function cannot return None, nor a record with one inside (3.6): such a record is made by who uses it.
 - The fields of a record that is known at compile time (`How`) are tl.constexpr when a kernel is compiled, and plain
   values when it is interpreted, see `launch.given`.
@@ -151,11 +152,11 @@ class Masks(NamedTuple):
     sent: Any = None
 
 
-class Limits(NamedTuple):
-    """Bounds of |c_t|, and of the gradients of the pre-activations."""
+class Scalars(NamedTuple):
+    """Numbers that a variant is given: bounds of |c_t|, and of the gradients of the pre-activations."""
 
-    cell: Any = None
-    grad: Any = None
+    cell_clip: Any = None
+    recurrent_grad_clip: Any = None
 
 
 class Kept(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from .config import PLAIN_CELL, Cell, Config, Layout, compute_dtype
-from .records import Limits, Masks
+from .records import Masks, Scalars
 
 
 class Features(NamedTuple):
@@ -52,7 +52,7 @@ class Variants:
         cell = self.cell
         dropout = cell.sampled and cell.recurrent_dropout > 0
         zoneout = cell.zoneout_h > 0, cell.zoneout_c > 0
-        return Features(cell.coupled, *zoneout, dropout, self.sampled, self.gain_hh is not None)
+        return Features(cell.coupled_gates, *zoneout, dropout, self.sampled, self.gain_hh is not None)
 
     def masks(self) -> Masks:
         """All but h_0, reset_h and sent, which only the forward pass has."""
@@ -69,9 +69,9 @@ class Variants:
             h_mask=self.h_mask,
         )
 
-    def limits(self) -> Limits:
+    def scalars(self) -> Scalars:
         """None for none."""
-        return Limits(self.cell.cell_clip or None, self.cell.grad_clip or None)
+        return Scalars(self.cell.cell_clip or None, self.cell.recurrent_grad_clip or None)
 
     def check(self, config: Config, hidden_size: int) -> None:
         """Raise the ValueError of a config that cannot run these variants."""

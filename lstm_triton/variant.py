@@ -168,8 +168,8 @@ def _cell(variant: Variant, training: bool, gradient: bool) -> Cell:
         variational_x=chance(x) if training else 0,
         variational_h=chance(h) if training else 0,
         cell_clip=variant.cell_clip or 0.0,
-        grad_clip=(variant.recurrent_grad_clip or 0.0) if gradient else 0.0,
-        coupled=variant.coupled_gates,
+        recurrent_grad_clip=(variant.recurrent_grad_clip or 0.0) if gradient else 0.0,
+        coupled_gates=variant.coupled_gates,
     )
 
 

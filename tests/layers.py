@@ -32,7 +32,7 @@ from lstm_triton.layer.records import DIFFERENTIABLE as INPUTS
 from lstm_triton.layer.records import WEIGHTS, Inputs, Options
 from lstm_triton.planning.planner import Plan
 from lstm_triton.reference import layer as reference
-from lstm_triton.reference.cell import Variants
+from lstm_triton.reference.cell import CellWeights
 
 DRAWS = 16
 OUTPUTS = ("out", "h_n", "c_n")
@@ -155,7 +155,7 @@ def _results(
         lengths=given["lengths"],
         reset=given["reset"],
         reset_state=(v["reset_h"], v["reset_c"]) if case.reset else None,
-        variants=Variants(case.cell, *(v[name] for name in WEIGHTS), given["seed"]),
+        variants=CellWeights(case.cell, *(v[name] for name in WEIGHTS), given["seed"]),
     )
     cotangents = [given[f"d{name}"].to(dtype) for name in OUTPUTS]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)

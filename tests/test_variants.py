@@ -27,8 +27,8 @@ FLAGS: dict[str, tuple[dict, dict]] = {
     "recurrent_dropout": ({}, SAMPLED | dict(recurrent_dropout=chance(0.3))),
     "variational_dropout": ({}, SAMPLED | dict(variational_x=chance(0.3), variational_h=chance(0.4))),
     "cell_clip": ({}, dict(cell_clip=0.5)),
-    "grad_clip": ({}, dict(grad_clip=0.125)),
-    "coupled_gates": ({}, dict(coupled=True)),
+    "recurrent_grad_clip": ({}, dict(recurrent_grad_clip=0.125)),
+    "coupled_gates": ({}, dict(coupled_gates=True)),
 }
 EVERYTHING = Case(directions=2, lengths=True, reset=True, batch_first=True, batch=5, seq_len=6, seed=2)
 # H = 20: one program with a tail, or two hidden tiles of 16.
@@ -96,7 +96,7 @@ def test_layer_norm_of_units_with_a_large_mean(engine: Engine) -> None:
 @pytest.mark.parametrize("without", ["coupled_gates", "layer_norm"])
 def test_gradcheck(without: str) -> None:
     """All others at once, but for the gradient clip, whose gradient is none."""
-    flags = [flag for flag in FLAGS if flag not in ("grad_clip", without)]
+    flags = [flag for flag in FLAGS if flag not in ("recurrent_grad_clip", without)]
     case = case_of(Case(seq_len=3, batch=2, input_size=2, hidden_size=3, reset=True, dtype=torch.float64), *flags)
     config = Config("local", "none", True, False, 1, 16, 16, 16, 4)
     given = {name: t for name, t in case.tensors().items() if t is not None}
@@ -448,7 +448,7 @@ def test_repr_and_defaults_tell_variants() -> None:
         LSTM(3, 5, zoneout=(0.1, 0.0), coupled_gates=True, learn_initial_state=True)
     )
     assert repr(LSTM(3, 5)) == "LSTM(3, 5)"
-    assert Cell.decode(Cell(coupled=True, cell_clip=0.1).encode()) == Cell(coupled=True, cell_clip=0.1)
+    assert Cell.decode(Cell(coupled_gates=True, cell_clip=0.1).encode()) == Cell(coupled_gates=True, cell_clip=0.1)
 
 
 @pytest.mark.parametrize("recompute", ["none", "gates", "chunk:2"])

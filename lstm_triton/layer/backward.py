@@ -64,7 +64,7 @@ def recomputed_gates(v: Inputs, options: Options, out: Tensor, cells: Tensor) ->
     if v.gain_hh is None:
         product_of(v, options, operand, gates)
     else:
-        gates += norm_gates(product_of(v, options, operand), v.gain_hh, options.cell.coupled)
+        gates += norm_gates(product_of(v, options, operand), v.gain_hh, options.cell.coupled_gates)
     c_prev, layout = None, options.layout(v.x)
     if v.peephole is not None:
         # Given even where it is 0: unlike out, cells are not 0 beyond a length, where the reverse direction begins.
@@ -160,7 +160,7 @@ def _weight_gradients(
     dprojected = found.dgates
     if v.gain_ih is not None and (wanted["x"] or wanted["w_ih"] or wanted["gain_ih"]):
         flat = projected(x, v.w_ih, None, options)
-        dprojected, dgain = norm_gates_backward(dprojected, flat, v.gain_ih, options.cell.coupled)
+        dprojected, dgain = norm_gates_backward(dprojected, flat, v.gain_ih, options.cell.coupled_gates)
         if wanted["gain_ih"]:
             grads["gain_ih"] = dgain
     by_member = dprojected.view(rows, members, own_gates).transpose(0, 1)

@@ -78,7 +78,7 @@ def gradients_with_a_graph(given: Cotangents, v: Inputs, options: Options, wante
     """The wanted gradients as functions that autograd can differentiate again: step by step."""
     if on_gpu(v.x.device):
         warn_once_of_the_loop("create_graph=True asks for derivatives of derivatives")
-    if options.cell.grad_clip:
+    if options.cell.recurrent_grad_clip:
         raise RuntimeError("recurrent_grad_clip has no second derivative: what it makes of a gradient is none itself")
     return _gradients(given, v, options, wanted, True)
 

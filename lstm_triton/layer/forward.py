@@ -77,7 +77,7 @@ def projected_input(v: Inputs, options: Options) -> Tensor:
     if v.gain_ih is None:
         return projected(_masked_input(v, options), v.w_ih, v.bias, options)
     flat = projected(_masked_input(v, options), v.w_ih, None, options)
-    flat = norm_gates(flat, v.gain_ih, options.cell.coupled)
+    flat = norm_gates(flat, v.gain_ih, options.cell.coupled_gates)
     return flat if v.bias is None else flat.add_(v.bias)
 
 

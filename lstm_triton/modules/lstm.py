@@ -83,15 +83,15 @@ class LSTM(nn.RNNBase):
     ) -> None:
         check_options(backend, precision, recompute)
         self.variant = Variant(
-            peephole,
-            layer_norm,
-            zoneout,
-            recurrent_dropout,
-            variational_dropout,
-            weight_dropout,
-            coupled_gates,
-            cell_clip,
-            recurrent_grad_clip,
+            peephole=peephole,
+            layer_norm=layer_norm,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+            weight_dropout=weight_dropout,
+            coupled_gates=coupled_gates,
+            cell_clip=cell_clip,
+            recurrent_grad_clip=recurrent_grad_clip,
         )
         self.backend = backend
         self.precision = precision

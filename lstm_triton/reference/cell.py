@@ -6,7 +6,7 @@ i, f, g, o:
     i, f, o = sigmoid(a_i, a_f, a_o);  g = tanh(a_g)
     c_t = f * c_{t-1} + i * g;         h_t = o * tanh(c_t)
 
-The variants (`Variants`), each of which changes this in one place, and which combine:
+The variants (`CellWeights`), each of which changes this in one place, and which combine:
 
 - peephole (Gers and Schmidhuber, 2000): a_i += w_ci * c_{t-1}, a_f += w_cf * c_{t-1}, a_o += w_co * c_t.
 - coupled gates (Greff et al., 2017): f = 1 - i.
@@ -37,8 +37,8 @@ from ..kernels.config import CHANCE_BITS, PLAIN_CELL, Cell
 from . import masks
 
 
-class Variants(NamedTuple):
-    """What the cell computes beyond the plain LSTM; see the module's docstring.
+class CellWeights(NamedTuple):
+    """The options of the cell and the weights of its variants; see the module's docstring.
 
     cell: options. peephole [D, 3, H], to i, f and o. gain_ih, gain_hh [D, 4H] and norm_c [D, 2, H] (gain and bias of
     c), all or none. seed [D] int64, of the masks, if cell.draws; the same for both directions.
@@ -51,12 +51,12 @@ class Variants(NamedTuple):
     norm_c: Tensor | None = None
     seed: Tensor | None = None
 
-    def part(self, own: slice) -> Variants:
+    def part(self, own: slice) -> CellWeights:
         """Of some of the sets of weights."""
-        return Variants(self.cell, *(None if tensor is None else tensor[own] for tensor in self[1:]))
+        return CellWeights(self.cell, *(None if tensor is None else tensor[own] for tensor in self[1:]))
 
 
-PLAIN = Variants()
+PLAIN = CellWeights()
 
 
 class _ClipGradient(torch.autograd.Function):
@@ -110,21 +110,21 @@ def cell_forward(
     a: Tensor,
     c_prev: Tensor,
     h_prev: Tensor | None = None,
-    variants: Variants = PLAIN,
+    variants: CellWeights = PLAIN,
     bits: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pre-activations a [..., 4, H], c_{t-1} (and, for zoneout, h_{t-1}) -> activated gates [..., 4, H], c_t, h_t.
 
     bits: random words for zoneout of h, of c and for recurrent dropout, if there are any; see `masks.step_bits`.
     """
-    cell, clip = variants.cell, variants.cell.grad_clip
+    cell, clip = variants.cell, variants.cell.recurrent_grad_clip
     bits_h, bits_c, bits_g = bits or (None, None, None)
     peephole = None if variants.peephole is None else variants.peephole.transpose(0, 1).unsqueeze(-2)
     i, f, g, o = a.unbind(-2)
     if peephole is not None:
         i, f = i + peephole[0] * c_prev, f + peephole[1] * c_prev
     i, g = clip_gradient(i, clip).sigmoid(), clip_gradient(g, clip).tanh()
-    f = 1 - i if cell.coupled else clip_gradient(f, clip).sigmoid()
+    f = 1 - i if cell.coupled_gates else clip_gradient(f, clip).sigmoid()
     kept_g = g
     if cell.recurrent_dropout and bits_g is not None:
         kept_g = g * masks.dropout_scale(bits_g, cell.recurrent_dropout, g.dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..kernels.config import Cell
 from . import masks
-from .cell import PLAIN, Variants, cell_backward, cell_forward, norm_gates
+from .cell import PLAIN, CellWeights, cell_backward, cell_forward, norm_gates
 
 State = tuple[Tensor, Tensor]
 
@@ -135,7 +135,7 @@ def layer_forward(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reset_state: State | None = None,
-    variants: Variants = PLAIN,
+    variants: CellWeights = PLAIN,
     loop: Callable[..., Any] = _loop,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """One layer -> out, h_n, c_n and what `layer_backward` reads. Differentiable by autograd too.
@@ -157,7 +157,7 @@ def layer_forward(
     projected = x @ w_ih.flatten(0, 1).t()
     if variants.gain_ih is not None:
         by_set = projected.unflatten(-1, (directions, -1))
-        projected = norm_gates(by_set, variants.gain_ih, cell.coupled).flatten(-2)
+        projected = norm_gates(by_set, variants.gain_ih, cell.coupled_gates).flatten(-2)
     if bias is not None:
         projected = projected + bias.flatten()
     by_step = projected.unflatten(-1, (directions, -1))[time, row, way]  # [T, D, B, 4H]
@@ -173,7 +173,7 @@ def layer_forward(
             h_prev, c_prev = torch.where(new, reset_h, h_prev), torch.where(new, reset_c, c_prev)
         product = (h_prev if h_mask is None else h_prev * h_mask) @ w_hh.transpose(1, 2)
         if variants.gain_hh is not None:
-            product = norm_gates(product, variants.gain_hh.unsqueeze(1), cell.coupled)
+            product = norm_gates(product, variants.gain_hh.unsqueeze(1), cell.coupled_gates)
         a = (projected + product).unflatten(-1, (4, hidden_size))
         gates, c_new, h_new = cell_forward(a, c_prev, h_prev, variants, tuple(drawn) or None)  # type: ignore[arg-type]
         if lengths is None:
@@ -193,7 +193,7 @@ def ensemble_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `layer.op` gives for keep="all": `layer_forward` for one member after another."""
     directions = 2 if bidirectional else 1
-    variants = Variants(cell, v.peephole, v.gain_ih, v.gain_hh, v.norm_c, v.seed)
+    variants = CellWeights(cell, v.peephole, v.gain_ih, v.gain_hh, v.norm_c, v.seed)
     members = []
     for index in range(v.w_ih.shape[0] // directions):
         own = slice(index * directions, (index + 1) * directions)

@@ -13,7 +13,7 @@ from layers import Case, assert_as_good_as_torch, by_kernels
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.kernels.launch import given, how_of
-from lstm_triton.kernels.records import Exchange, Limits, Masks, Norm, Projection, Resets, State
+from lstm_triton.kernels.records import Exchange, Masks, Norm, Projection, Resets, Scalars, State
 
 # H = 20 leaves a tail in every block and makes two hidden tiles of 16.
 LOCAL = Config("local", "none", True, False, 1, 16, 32, 32, 4)
@@ -127,7 +127,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     lstm_forward_kernel[(1, 1, 1)](
         gates=rows, w_hh=w_hh, initial=State(), resets=Resets(), out=out, cells=None, final=State(h_n, c_n),
         carry=State(carry.clone(), carry.clone()), lengths=None, single=Projection(), exchange=Exchange(), peephole=None,
-        norm=Norm(), masks=Masks(), limits=Limits(), batch=1, seq_len=seq_len, row_stride_t=layout.stride_t,
+        norm=Norm(), masks=Masks(), scalars=Scalars(), batch=1, seq_len=seq_len, row_stride_t=layout.stride_t,
         row_stride_b=layout.stride_b, first_tile=0, step_begin=seq_len - 1, step_end=seq_len, time_begin=0,
         how=given(how),
     )  # fmt: skip

@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import compile_report
 import pytest
 import torch
 from layers import backward_of
@@ -16,10 +18,12 @@ from planted import plant, prune
 from lstm_triton.kernels import activate, backward, forward, masks
 from lstm_triton.kernels import compile as compiler
 from lstm_triton.kernels.config import Cell, Config, Layout, chance
-from lstm_triton.kernels.variants import Variants
+from lstm_triton.kernels.records import Scalars
+from lstm_triton.kernels.variants import Features, Variants
 from lstm_triton.planning.device import KNOWN
 from lstm_triton.planning.planner import plan
 from lstm_triton.planning.problem import PASSES, Problem
+from lstm_triton.variant import Variant
 
 pytestmark = pytest.mark.aot
 REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
@@ -27,11 +31,30 @@ REPORT = Path(__file__).parents[2] / "perf" / "compile_report.py"
 # What the arguments of the variants are for the plain cell.
 OFF = dict.fromkeys(
     [
-        *("masks.h_mask", "masks.h_0", "masks.reset_h", "masks.sent", "limits.cell", "limits.grad", "bound"),
+        *(
+            "masks.h_mask",
+            "masks.h_0",
+            "masks.reset_h",
+            "masks.sent",
+            "scalars.cell_clip",
+            "scalars.recurrent_grad_clip",
+            "bound",
+        ),
         *("peephole", "peephole.i", "peephole.f", "peephole.o", "dpeephole", "dreset.h", "own_mask", "sent"),
     ]
 ) | dict.fromkeys([f"how.{n}" for n in ("NORM", "COUPLED", "ZONEOUT_H", "ZONEOUT_C", "DROPOUT", "SAMPLED")], False)
 OFF |= {"ZONEOUT": False}
+
+
+def test_the_report_has_every_variant() -> None:
+    asked = {name for variant in compile_report.VARIANTS.values() for name in variant.asked()}
+    assert asked == {one.name for one in fields(Variant)} - {"weight_dropout"}  # which is no matter of the kernels
+
+
+def test_every_field_of_a_variant_is_turned_off() -> None:
+    """A field that is missing in OFF would stay in the pruned kernels, and the next test could not fail."""
+    expected = [f"scalars.{name}" for name in Scalars._fields] + [f"how.{name}" for name in Features._fields]
+    assert [name for name in expected if name not in OFF] == []
 
 
 def code(binary) -> str:
