@@ -1,6 +1,6 @@
 """Everything at once: 2,000 drawn calls over the whole feature product, against fp64.
 
-Each runs on PyTorch's path, and every fourth through the kernels as well.
+Each runs on PyTorch's path, and every eighth through the kernels as well.
 
 The truth is `reference/layer.py` in fp64, step by step. A draw may be off by what rounding explains (a wrong index or a
 missing mark is off by far more), so that hypothesis can shrink it; over all draws of a test the largest error of
@@ -155,7 +155,7 @@ def results(call: Call, backend: str, dtype: torch.dtype) -> list[Tensor]:
     return [*(output.detach() for output in outputs), *grads]
 
 
-COMPILED = 12  # draws of a part that run as compiled code
+COMPILED = 8  # draws of a part that run as compiled code
 
 
 def errors(got: list[Tensor], truth: list[Tensor]) -> float:
@@ -181,7 +181,7 @@ def test_the_feature_product(part: int) -> None:
         own[norm].append(errors(results(call, "torch", torch.float32), truth))
         assert own[norm][-1] <= explained, f"PyTorch's path is off by {own[norm][-1]:.2e}"
         ran.append(call)
-        if len(ran) % 4 == 0:
+        if len(ran) % 8 == 0:
             ours[norm].append(errors(results(call, "triton", torch.float32), truth))
             assert ours[norm][-1] <= explained, f"the kernels are off by {ours[norm][-1]:.2e}"
 
@@ -189,7 +189,7 @@ def test_the_feature_product(part: int) -> None:
     for norm in own:
         assert max(ours[norm]) <= 2 * max(own[norm]), f"layer norm: {norm}"
     assert len(set(ran)) >= 0.9 * DRAWS // 4
-    assert len(ours[False]) + len(ours[True]) >= 0.2 * DRAWS // 4
+    assert len(ours[False]) + len(ours[True]) >= 0.1 * DRAWS // 4
 
 
 @pytest.mark.machine

@@ -60,8 +60,9 @@ def test_a_hundred_schedules_give_the_same_bits(engine: Engine, case: Case, seed
     """Forward and backward, outputs and gradients; and the schedules do differ."""
     first, traces = None, set()
     seeds = engine.share(seeds)
+    case = replace(case, directions=1)  # which never wait for each other
     if engine.compiled:  # where fp32 in full precision has no matrix unit, and takes three times as long
-        case = replace(case, dtype=torch.float16, directions=1)
+        case = replace(case, dtype=torch.float16)
     for seed in seeds:
         with engine(seed) as run:
             results = run_recurrence(case, grid(protocol))
