@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -11,13 +12,15 @@ from .kernels.config import Config
 from .modules.cell import LSTMCell
 from .modules.lstm import LSTM
 from .planning.cost import Work, microseconds_per_step, work_per_step
-from .planning.cudnn import Algorithm, Call, algorithm
-from .planning.device import Device
+from .planning.cudnn import UNDER_AUTOCAST, Algorithm, Call, algorithm
+from .planning.device import Device, is_capturing
 from .planning.planner import NoPlan, Plan, plan_single
 from .planning.precision import resolve_precision
+from .planning.prediction import Prediction, predict
 from .planning.problem import INVARIANT_BATCH, PASSES, Problem
-from .planning.route import Request, compute_dtype, kernel_device, plan_for, refusal_on, slower_on
+from .planning.route import Request, compute_dtype, kernel_device, plan_for, refusal_on, said, slower_on
 from .planning.settings import strict
+from .planning.transforms import autocast_is_on
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class PassPath:
 class LayerPath:
     """path is "triton" or "torch"; passes: one per pass on the Triton path.
 
-    cudnn: what PyTorch asks cuDNN for when nn.LSTM runs the same call, per pass; empty off NVIDIA.
+    cudnn: what nn.LSTM runs for the same call, per pass; empty off NVIDIA.
     """
 
     layer: int
@@ -65,7 +68,7 @@ class LayerPath:
         lines = [f"layer {self.layer}: {self.path} ({self.reason})", *map(str, self.passes)]
         if self.cudnn:
             asked = ", ".join(f"{which} {one}" for which, one in zip(PASSES, self.cudnn))
-            lines.append(f"  nn.LSTM would ask cuDNN for: {asked}")
+            lines.append(f"  nn.LSTM would run cuDNN's: {asked}")
         return "\n".join(lines)
 
 
@@ -103,7 +106,13 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     one_step = one_step and not invariant
     precision, device = resolve_precision(module.precision or ""), kernel_device(data.device)
     kind = module.variant.kind(module.training) if isinstance(module, LSTM) else "plain"
-    return _explanation(call, precision, device, reason, one_step, kind)
+    autocast, predicted = autocast_is_on(data.device.type), None
+    theirs = replace(call, dtype=UNDER_AUTOCAST) if autocast else call
+    whole = isinstance(module, LSTM) and not packed and not data.is_nested and not invariant
+    if whole and kind == "plain" and not autocast and isinstance(device, Device):
+        captured = is_capturing(data.device)
+        predicted = predict(call, device, precision, torch.is_grad_enabled(), _steps(module, data), captured)
+    return _explanation(call, precision, device, reason, one_step, kind, theirs, predicted)
 
 
 def explain_call(
@@ -121,21 +130,31 @@ def explain_call(
     if reason and must:
         raise RuntimeError(f'backend="triton" is not possible: {reason}')
     if not reason and not must and backend == "auto" and isinstance(device, Device):
-        reason = slower_on(device, call, precision, training=True, single_step=seq_len == 1)
-    return _explanation(call, precision, device, reason, seq_len == 1)
+        reason = slower_on(device, call, precision, training=True, seq_len=seq_len)
+    predicted = predict(call, device, precision, True, seq_len) if isinstance(device, Device) else None
+    return _explanation(call, precision, device, reason, seq_len == 1, "plain", call, predicted)
 
 
 def _explanation(
-    call: Call, precision: str, device: Device | NoPlan, reason: str, one_step: bool, kind: str = "plain"
+    call: Call,
+    precision: str,
+    device: Device | NoPlan,
+    reason: str,
+    one_step: bool,
+    kind: str,
+    theirs: Call,
+    predicted: Prediction | None,
 ) -> Explanation:
     asked: tuple[Algorithm, ...] = ()
     if isinstance(device, Device) and device.is_nvidia:
-        asked = tuple(algorithm(call, device, which) for which in PASSES)
+        asked = tuple(algorithm(theirs, device, which) for which in PASSES)
     if reason:
         return Explanation(tuple(LayerPath(n, "torch", reason, (), asked) for n in range(call.num_layers)))
     assert isinstance(device, Device)
     passes = tuple(_pass(which, call, precision, device, one_step, kind) for which in PASSES)
     why = f"a plan exists for {call.dtype} on {device.name}"
+    if predicted is not None:
+        why += f"; nn.LSTM is {said(predicted)}"
     return Explanation(tuple(LayerPath(n, "triton", why, passes, asked) for n in range(call.num_layers)))
 
 
@@ -150,8 +169,8 @@ def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool
     return PassPath(which, chosen.config, chosen.source, work, microseconds_per_step(chosen.config, problem, device))
 
 
-def _steps(module: LSTM, input: Tensor) -> int:
-    return input.shape[1 if input.dim() == 3 and module.batch_first else 0]
+def _steps(module: LSTM | LSTMCell, input: Tensor) -> int:
+    return input.shape[1 if input.dim() == 3 and getattr(module, "batch_first", False) else 0]
 
 
 def _batch(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> int:

@@ -156,7 +156,7 @@ def lstm(
             only. c_n then comes in float32 for 16-bit types: give it to the next call as it is.
         variant: what the cell computes beyond the plain LSTM; see `Variant`.
         backend: "auto", "triton" or "torch"; "triton" raises where the kernels cannot run. "auto"
-            takes the kernels wherever they run: that nn.LSTM has been measured to be faster counts
+            takes the kernels wherever they run: that nn.LSTM is faster, as measured or predicted, counts
             for the module only, whose weights can lie as cuDNN wants them.
         precision: of float32 products on a GPU, "ieee", "tf32" or "tf32x3"; "" follows
             `torch.backends.cudnn`, as nn.LSTM does.

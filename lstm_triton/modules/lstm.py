@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 from ..functional import States
 from ..functional.checks import State, check_options, check_pair, of_type
 from ..functional.stack import Marks, Stack, run_stack
-from ..planning.cudnn import Call
+from ..planning.cudnn import UNDER_AUTOCAST, Call
 from ..planning.device import on_gpu
+from ..planning.precision import resolve_precision
 from ..planning.route import Request, compute_dtype, kernel_refusal, possible_refusal, slower_reason
-from ..planning.transforms import aten_can, exporting, untraced
+from ..planning.transforms import aten_can, autocast_is_on, exporting, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
 from .weights import add_weights, check_start, fill_own
@@ -25,7 +26,7 @@ class LSTM(nn.RNNBase):
     """A multi-layer LSTM with the constructor, parameters and results of `torch.nn.LSTM`.
 
     On a CUDA device the recurrence runs in one persistent Triton kernel per layer and pass; where
-    the kernels do not apply, or nn.LSTM has been measured to be faster, the call takes PyTorch's
+    the kernels do not apply, or nn.LSTM is faster as measured or predicted, the call takes PyTorch's
     own LSTM, for a reason that `lstm_triton.explain(module, input)` prints. State dicts go both
     ways, and the same seed gives the same initial weights.
 
@@ -157,13 +158,16 @@ class LSTM(nn.RNNBase):
     def slower(self, input: Tensor, hx: State | None = None) -> str:
         """Why nn.LSTM is the faster path for a batch that the kernels could run; "" if it is not known to be.
 
-        By the tuned table of the GPU, so it depends on the shape of the input [T, B, I] or [B, T, I].
+        By the tuned table of the GPU, else by a prediction (`planning/prediction.py`), so it depends on the shape of
+        the input, [T, B, I] or [B, T, I].
         """
         dropped = self.training and self.variant.weight_dropout
-        if self.batch_invariant or self.recompute != "none" or dropped or self.variant.kind(self.training) != "plain":
+        if self.batch_invariant or self.recompute != "none" or dropped:
             return ""  # nn.LSTM has none of these
         if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
             return ""  # with projections nothing has been measured
+        if self.variant.kind(self.training) != "plain" or not self._computed_alike(input):
+            return ""
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
         dtype = compute_dtype(input.device.type, self._flat_weights[0].dtype)  # type: ignore[union-attr]
@@ -171,7 +175,14 @@ class LSTM(nn.RNNBase):
         call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
         tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return slower_reason(input.device, call, self.precision or "", training, seq_len == 1)
+        return slower_reason(input.device, call, self.precision or "", training, seq_len)
+
+    def _computed_alike(self, input: Tensor) -> bool:
+        """Whether nn.LSTM would compute in the same type and precision, and so give results of the same kind."""
+        kind = input.device.type
+        if autocast_is_on(kind) and str(torch.get_autocast_dtype(kind)) != f"torch.{UNDER_AUTOCAST}":
+            return False
+        return not self.precision or self.precision == resolve_precision("")
 
     def _by_cudnn(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """nn.LSTM's own forward, with the weights in the one piece that cuDNN wants."""

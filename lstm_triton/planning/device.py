@@ -59,6 +59,7 @@ KNOWN = {
         Device("MI300X", "gfx942", 304, 64 * 1024, cooperative=False),
     )
 }
+STAND_IN = "stand-in"
 INTERPRETER = Device("Triton interpreter", "interpreter", 1, 1 << 30, cooperative=False)
 
 
@@ -107,7 +108,7 @@ def stand_in(device: torch.device) -> Device | None:
     driver = triton.runtime.driver.active
     properties = driver.utils.get_device_properties(driver.get_current_device())
     sizes = properties["multiprocessor_count"], properties["max_shared_mem"]
-    return _limited(Device("stand-in", f"sm_{driver.get_current_target().arch}", *sizes), device)
+    return _limited(Device(STAND_IN, f"sm_{driver.get_current_target().arch}", *sizes), device)
 
 
 def plan_without_waiting(device: torch.device) -> None:

@@ -2,8 +2,8 @@
 
 Whether the kernels can run (`kernel_refusal`) depends on the device, the type and the module's
 constructor arguments, never on a batch size or a sequence length, so that it is a constant of a
-compiled or exported model. Whether nn.LSTM has been measured to be faster (`slower_reason`) depends
-on the batch too, and is asked in eager mode only: inside a compiled graph nn.LSTM is a break.
+compiled or exported model. Whether nn.LSTM is faster, as measured or as predicted (`slower_reason`), depends on the
+batch and the length too, and is asked in eager mode only: inside a compiled graph nn.LSTM is a break.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from ..kernels.config import Config
 from ..kernels.forward import lstm_forward_kernel
 from ..kernels.launch import LaunchRefused, is_interpreted
 from .cudnn import Call, algorithm
-from .device import INTERPRETER, NO_DRIVER, Device, device_of, on_gpu, plan_without_waiting, stand_in
+from .device import INTERPRETER, NO_DRIVER, Device, device_of, is_capturing, on_gpu, plan_without_waiting, stand_in
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
+from .prediction import Prediction, predict
 from .problem import PASSES, Problem, bucket_of
-from .settings import misspelt, strict
+from .settings import AUTOTUNE, misspelt, strict
 from .store import active_table
-from .table import Bout, Table
+from .table import Bout
 from .transforms import autocast_is_on, exporting, refused_transform
 
 BACKENDS = ("auto", "triton", "torch")
@@ -176,28 +177,38 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
 _refusal = lru_cache(maxsize=4096)(refusal_on)
 
 
-def slower_reason(device: torch.device, call: Call, precision: str, training: bool, single_step: bool) -> str:
+def slower_reason(device: torch.device, call: Call, precision: str, training: bool, seq_len: int) -> str:
     """Why nn.LSTM is the faster path of a call that the kernels could run; "" if it is not known to be."""
     target = kernel_device(device)
     if isinstance(target, NoPlan) or strict():
         return ""
-    return slower_on(target, call, resolve_precision(precision), training, single_step)
+    return slower_on(target, call, resolve_precision(precision), training, seq_len, is_capturing(device))
 
 
-def slower_on(target: Device, call: Call, precision: str, training: bool, single_step: bool) -> str:
-    """`slower_reason` for a GPU that need not be here."""
+def slower_on(target: Device, call: Call, precision: str, training: bool, seq_len: int, captured: bool = False) -> str:
+    """`slower_reason` for a GPU that need not be here. What has been measured goes before what is predicted."""
     table = active_table(target)
-    return _slower(call, precision, training, single_step, target, table) if table.contests else ""
-
-
-@lru_cache(maxsize=4096)
-def _slower(call: Call, precision: str, training: bool, single_step: bool, device: Device, table: Table) -> str:
-    contest = table.contests.get(bout_of(call, precision, training, single_step, device))
-    if contest is None or contest.speedup >= 1:
+    if table.contests:
+        contest = table.contests.get(bout_of(call, precision, training, seq_len == 1, target))
+        if contest is not None:
+            return "" if contest.speedup >= 1 else _measured(call, training, target, contest.speedup, table.name)
+    predicted = predict(call, target, precision, training, seq_len, captured)
+    if predicted is None or not predicted.leaves_it or AUTOTUNE.read() == "on":
         return ""
+    return f"nn.LSTM is {said(predicted)}"
+
+
+def said(predicted: Prediction) -> str:
+    """A prediction in words, behind "nn.LSTM is"."""
+    ratio = predicted.speedup
+    compared = f"{ratio:.2f} times slower" if ratio >= 1 else f"{1 / ratio:.2f} times faster"
+    return f"{compared}, predicted, not measured (`python -m lstm_triton tune` measures), by {predicted}"
+
+
+def _measured(call: Call, training: bool, device: Device, speedup: float, name: str) -> str:
     _, which = mode_of(training)
     return (
-        f"nn.LSTM measured {1 / contest.speedup:.2f} times faster here (table {table.name}): "
+        f"nn.LSTM measured {1 / speedup:.2f} times faster here (table {name}): "
         f"cuDNN's algorithm is {algorithm(call, device, which)}"
     )
 

@@ -340,23 +340,23 @@ def call(**changes) -> Call:
 def test_where_nn_lstm_was_faster_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     where = torch.device("cuda")
     monkeypatch.setattr(route, "kernel_device", lambda device: H100)
+    monkeypatch.setattr(route, "is_capturing", lambda device: False)
     slow = replace(table(), name="measured")
     with store.using(slow, H100):
-        reason = route.slower_reason(where, call(), "tf32", training=True, single_step=False)
+        reason = route.slower_reason(where, call(), "tf32", training=True, seq_len=128)
         assert reason.startswith(
             "nn.LSTM measured 2.00 times faster here (table measured): cuDNN's algorithm is standard"
         )
-        # Another batch, mode, length or algorithm was not measured.
-        assert route.slower_reason(where, call(batch=64), "tf32", True, False) == ""
-        assert route.slower_reason(where, call(), "tf32", False, False) == ""
-        assert route.slower_reason(where, call(), "tf32", True, True) == ""
-        assert route.slower_reason(where, call(dtype="float16"), "tf32", True, False) == ""
+        # Another batch, mode or algorithm was not measured.
+        assert route.slower_reason(where, call(batch=64), "tf32", True, 128) == ""
+        assert route.slower_reason(where, call(), "tf32", False, 128) == ""
+        assert route.slower_reason(where, call(dtype="float16"), "tf32", True, 128) == ""
         monkeypatch.setenv("LSTM_TRITON_STRICT", "1")
-        assert route.slower_reason(where, call(), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(), "tf32", True, 128) == ""
     monkeypatch.delenv("LSTM_TRITON_STRICT")
     with store.using(replace(slow, contests={BOUT: Contest(1.0, 1.0)}), H100):
-        assert route.slower_reason(where, call(), "tf32", True, False) == ""
-    assert route.slower_reason(where, call(), "tf32", True, False) == ""
+        assert route.slower_reason(where, call(), "tf32", True, 128) == ""
+    assert route.slower_reason(where, call(), "tf32", True, 128) == ""
 
 
 def test_strict_turns_a_fallback_on_a_gpu_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
