@@ -10,6 +10,8 @@
 #   drop-in    the gpu tests of graphs, memory modes, ensembles, single steps and the like; a PPO update's resets
 #   variants   the gpu tests of the cell's variants; their cost beside the plain cell's and beside loops over time
 #   steps      the four configs of every problem that the planner likes most, beside their predictions
+#   rules      some shapes of every rule by which auto leaves a call to nn.LSTM, eager and in CUDA graphs, beside their
+#              predictions; `perf/rules.py --rows FOLDER/rules.csv --gpu ARCH --write` then moves the predictions
 #   open       sweep of the region "open" (and so on: home, small, users, scaling)
 #   tune       tune the default shapes and meet nn.LSTM; put the table where LATER stages find it:
 #              mkdir -p lstm_triton/planning/shipped && cp FOLDER/tables/*.json lstm_triton/planning/shipped/
@@ -26,7 +28,7 @@
 # LSTM_TRITON_LIMITS=off lets everything run to its end, for a machine that is slow or has other work;
 # LSTM_TRITON_REHEARSAL=1 does too, and asks for no GPU.
 set -euo pipefail
-stages=(doctor first tests drop-in variants steps small home open users scaling tune peers soak sanitizer ahead)
+stages=(doctor first tests drop-in variants steps rules small home open users scaling tune peers soak sanitizer ahead)
 usage() {
   echo "usage: perf/on_gpu.sh STAGE FOLDER [SECONDS], or perf/on_gpu.sh ahead FOLDER [ARCH]" >&2
   echo "stages: ${stages[*]}" >&2
@@ -126,6 +128,10 @@ case $stage in
     sweep --set first --mode forward train --provider nn_lstm ours --repeat 15
     ;;
   steps) script steps "${seconds:-460}" steps.py --out "$out/steps.csv" --best 4 --dtype bfloat16 float32-tf32 ;;
+  rules)
+    script measured 400 rules.py --measure "$out/rules.csv"
+    script compared 30 rules.py --rows "$out/rules.csv"
+    ;;
   tests)
     tests tests 380 "$of_kernels"
     script floor 80 floor.py --out "$out/floor.csv"

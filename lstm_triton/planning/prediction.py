@@ -134,15 +134,22 @@ class Prediction:
 
 
 def predict(
-    call: Call, device: Device, precision: str, training: bool, seq_len: int, captured: bool = False
+    call: Call,
+    device: Device,
+    precision: str,
+    training: bool,
+    seq_len: int,
+    captured: bool = False,
+    corrected: bool = True,
 ) -> Prediction | None:
     """Of a plain call on an NVIDIA GPU.
 
     None where nothing is predicted: other GPUs, projections, packed input, float64, tf32x3, no plan.
     precision: of float32, "ieee" or "tf32". captured: into a CUDA graph, where no host has to keep up.
+    corrected: by what has been measured, if anything.
     """
     single = seq_len == 1
-    steps = steps_of(call, device, precision, training, single)
+    steps = steps_of(call, device, precision, training, single, corrected)
     if steps is None:
         return None
     products = (
@@ -176,7 +183,9 @@ def _scaled(rate: float, device: Device) -> float:
 
 
 @lru_cache(maxsize=4096)
-def steps_of(call: Call, device: Device, precision: str, training: bool, single: bool) -> tuple[Steps, ...] | None:
+def steps_of(
+    call: Call, device: Device, precision: str, training: bool, single: bool, corrected: bool
+) -> tuple[Steps, ...] | None:
     """Of all passes of a call; None where nothing is predicted (what stands in for a GPU has no speed)."""
     if (
         device.arch not in RIVALS
@@ -187,7 +196,7 @@ def steps_of(call: Call, device: Device, precision: str, training: bool, single:
         or precision == "tf32x3"
     ):
         return None
-    factors = corrections().get(device.arch, {})
+    factors = corrections().get(device.arch, {}) if corrected else {}
     steps = []
     for which in PASSES[: 2 if training else 1]:
         problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision)

@@ -33,7 +33,7 @@ def test_the_stages_refuse_wrong_arguments(arguments: list[str], tmp_path: Path)
     assert not any(tmp_path.iterdir())
 
 
-STAGES = ["doctor", "first", "tests", "drop-in", "variants", "steps", "small", "home", "open", "users", "scaling", "tune",
+STAGES = ["doctor", "first", "tests", "drop-in", "variants", "steps", "rules", "small", "home", "open", "users", "scaling", "tune",
           "peers", "soak", "sanitizer", "ahead"]  # fmt: skip
 LONGEST = {"doctor": 60, "first": 900}  # seconds; of the others 8 minutes
 # A Python that only notes its arguments, but for what the script itself has it do.
