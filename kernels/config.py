@@ -59,8 +59,8 @@ class Config(_Encoded):
     units_first: the weights are the first operand of the dot; see product.py.
     split_k: slices of the depth that warps work on side by side, 1 for none; see product.py. "local" has none
         forward, and backward one for every gate or part of one.
-    block_b, block_h, block_k: rows, hidden units and dot depth of one program; powers of two, block_b at
-        least 8, the others 16. "local" has block_h >= H and no block_k of its own: block_k == block_h.
+    block_b, block_h, block_k: rows, hidden units and dot depth of one program; powers of two, block_k at
+        least 16, the others 8.  "local" has block_h >= H and no block_k of its own: block_k == block_h.
     num_warps, num_stages: Triton's.
     max_batch_tiles: most batch tiles in one launch, so that all programs of a launch that waits
         are resident together; 0: no limit. A larger batch runs as several launches.
@@ -85,11 +85,13 @@ class Config(_Encoded):
             raise ValueError(f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}")
         if (self.placement == "grid") != (self.protocol != "none"):
             raise ValueError(f"placement {self.placement!r} does not go with protocol {self.protocol!r}")
-        for name, least in (("block_b", 8), ("block_h", 16), ("block_k", 16)):
+        for name, least in (("block_b", 8), ("block_h", 8), ("block_k", 16)):
             block = getattr(self, name)
             if block < least or block & (block - 1):
                 raise ValueError(f"{name} must be a power of two and at least {least}, got {block}")
         depth = 4 * self.block_h if self.placement == "local" else self.block_k
+        if self.placement == "local" and self.block_h < 16:
+            raise ValueError(f"placement 'local' multiplies block_h x block_h: at least 16, got {self.block_h}")
         if self.split_k > 1 and depth < 16 * self.split_k:
             raise ValueError(
                 "split_k needs slices of at least 16, of block_k, or where placement is 'local' of 4 block_h"

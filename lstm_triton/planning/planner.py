@@ -22,6 +22,7 @@ from .problem import ELEMENT_SIZE, Problem, bucket_of, bucket_of_batch, ceil_div
 from .table import NO_TABLE, Table
 
 LARGEST_HIDDEN_SIZE = 16_384  # offsets inside W_hh [4H, H] are 32-bit
+UNITS, FEWEST_UNITS = (16, 32, 64, 128), 8  # of one program
 LARGEST_TILE = 128  # units of one program that waits for nobody
 SINGLE_BATCH = 64  # rows of the largest batch whose single step is one launch; not measured yet
 
@@ -141,7 +142,19 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     yield from _local(problem, device)
     if device.is_amd:
         return
-    for config in _tiles(problem, device):
+    found = [*_stepwise_and_grid(problem, device, UNITS)]
+    yield from found
+    if not any(config.resident and config.placement == "grid" for config in found):
+        # Half as many units a program, on twice as many multiprocessors: W_hh may then stay on chip.
+        for config in _stepwise_and_grid(problem, device, (FEWEST_UNITS,)):
+            # So narrow a product of 32 rows takes twice the estimate forward, or spills.
+            rows = 16 if problem.which == "forward" else 64
+            if config.resident and config.placement == "grid" and config.block_b <= rows:
+                yield config
+
+
+def _stepwise_and_grid(problem: Problem, device: Device, units: tuple[int, ...]) -> Iterator[Config]:
+    for config in _tiles(problem, device, units):
         if not fits(config, problem, device):
             continue  # then neither does it when it waits
         if not problem.norm or config.block_h >= problem.hidden_size:
@@ -170,12 +183,12 @@ def _units_first(block_b: int, problem: Problem, device: Device) -> bool:
     return block_b == 8 or (problem.which == "forward" and device.has_wgmma)
 
 
-def _tiles(problem: Problem, device: Device) -> Iterator[Config]:
+def _tiles(problem: Problem, device: Device, units: tuple[int, ...]) -> Iterator[Config]:
     """Every config in which a program owns a slice of the units, as `stepwise`."""
     without, warps = problem.without_tensor_cores, (4, 8) if device.is_nvidia else (4,)
     rows = (16,) if without else (8, 16, 32, 64)
     depths = (32,) if without else (32, 64, 128, 256, 512, 1024, 2048)
-    for block_b, block_h, block_k, num_warps in itertools.product(rows, (16, 32, 64, 128), depths, warps):
+    for block_b, block_h, block_k, num_warps in itertools.product(rows, units, depths, warps):
         if block_h > max(16, power_of_two(problem.hidden_size)) or block_k > max(128, power_of_two(problem.depth)):
             continue
         if without:

@@ -35,6 +35,13 @@ for shape, tiles in TILES.items():
         CONFIGS[f"flags-{suffix}"] = Config("grid", "flags", resident, **tiles)
         CONFIGS[f"stepwise-{suffix}"] = Config("stepwise", "none", resident, **tiles)
 
+for name, tiles in {
+    "weights-first": dict(units_first=True, split_k=2, block_b=8, block_k=32),
+    "weights-second": dict(units_first=False, split_k=1, block_b=16, block_k=16),
+}.items():
+    for protocol in ("mailbox", "flags"):
+        CONFIGS[f"{protocol}-8-units-{name}"] = Config("grid", protocol, True, **tiles, block_h=8, num_warps=4)
+
 FEATURES = {
     "plain": Case(),
     "no-state": Case(state=False),

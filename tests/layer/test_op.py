@@ -231,7 +231,8 @@ def test_config_text_round_trip() -> None:
         (dict(split_k=0), "split_k must be 1, 2, 4 or 8, got 0"),
         (dict(protocol="mailbox", block_b=8, block_k=16, num_warps=8), "an element for each thread"),
         (dict(block_b=4), "block_b must be a power of two and at least 8"),
-        (dict(block_h=24), "block_h must be a power of two and at least 16"),
+        (dict(block_h=24), "block_h must be a power of two and at least 8"),
+        (dict(placement="local", protocol="none", block_h=8), "placement 'local' multiplies block_h x block_h"),
         (dict(split_k=4), "split_k needs"),
     ],
 )

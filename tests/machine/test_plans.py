@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import Engine
 from layers import Case, assert_as_good_as_torch, by_kernels
 
+from lstm_triton.kernels.config import Config
 from lstm_triton.planning.device import KNOWN
 from lstm_triton.planning.planner import admissible, plan
 from lstm_triton.planning.problem import PASSES, Problem, bucket_of_hidden_size
@@ -52,6 +55,24 @@ def test_default_plans(engine: Engine, hidden_size: int, kind: str, batch: int, 
 
 def test_every_bucket_is_among_the_sizes() -> None:
     assert {bucket_of_hidden_size(size) for size in range(1, 257)} == {bucket_of_hidden_size(size) for size in SIZES}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "tf32x3"])
+def test_plans_of_eight_units(engine: Engine, kind: str) -> None:
+    """Every one that a layer too large for this machine has by default, on a smaller layer."""
+    dtype, precision = TYPES[kind]
+    found: dict[str, set[Config]] = {which: set() for which in PASSES}
+    for hidden_size, batch, which in itertools.product((384, 512, 640, 768, 1024), (8, 16, 32), PASSES):
+        problem = Problem(which, hidden_size, batch, 1, str(dtype).removeprefix("torch."), precision)
+        config = plan(problem, KNOWN[engine.name]).config
+        if config.block_h == 8:
+            found[which].add(replace(config, max_batch_tiles=0))
+    small = Case(seq_len=3, batch=3, hidden_size=72, dtype=dtype, lengths=True, reset=True)
+    default = dict(zip(PASSES, (plan(one, KNOWN[engine.name]).config for one in problems(small, 16, precision))))
+    for which, configs in found.items():
+        for config in sorted(configs, key=Config.encode):
+            pair = default | {which: config}
+            check(engine, small, [pair["forward"], pair["backward"]], precision)
 
 
 @pytest.mark.thinned(10)

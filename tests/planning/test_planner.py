@@ -10,7 +10,7 @@ import pytest
 from lstm_triton.kernels.config import Config
 from lstm_triton.planning.cost import microseconds_per_step, shared_bytes
 from lstm_triton.planning.device import INTERPRETER, KNOWN, Device
-from lstm_triton.planning.planner import NoPlan, Plan, fits, plan, refusal
+from lstm_triton.planning.planner import NoPlan, Plan, admissible, fits, plan, refusal
 from lstm_triton.planning.problem import PASSES, Problem, ceil_div
 
 DEVICES = [
@@ -159,3 +159,25 @@ def test_the_estimate_prefers_what_it_should() -> None:
     assert time() < time(resident=False)
     assert time() < time(placement="stepwise", protocol="none")
     assert time(block_k=1024) < time(block_k=128)
+
+
+def test_eight_units_only_where_no_more_keep_the_weights_on_chip() -> None:
+    """Then they do, and the rows are so few that the estimate holds."""
+    seen = 0
+    devices = [*KNOWN.values(), replace(KNOWN["sm_89"], name="RTX 4090", multiprocessors=128)]
+    types = (("bfloat16", "tf32"), ("float32", "tf32"))
+    for device, which, hidden_size, (dtype, precision) in itertools.product(
+        devices, PASSES, (64, 512, 768, 1024), types
+    ):
+        found = admissible(problem(which, hidden_size, dtype=dtype, precision=precision), device)
+        narrow = [config for config in found if config.block_h == 8]
+        others = [config for config in found if config.block_h > 8 and config.placement == "grid" and config.resident]
+        assert not (narrow and others)
+        for config in narrow:
+            assert config.resident
+            assert config.placement == "grid"
+            assert which == "backward" or config.block_b <= 16
+        seen += len(narrow)
+    assert seen > 20
+    faster = problem("forward", 1024, 8, dtype="float16")
+    assert plan(faster, devices[-1]).config.block_h == 8
