@@ -14,6 +14,7 @@ from .modules.lstm import LSTM
 from .planning.cost import Work, microseconds_per_step, work_per_step
 from .planning.cudnn import UNDER_AUTOCAST, Algorithm, Call, algorithm
 from .planning.device import Device, is_capturing
+from .planning.padding import padded_size
 from .planning.planner import NoPlan, Plan, plan_single
 from .planning.precision import resolve_precision
 from .planning.prediction import Prediction, predict
@@ -28,7 +29,8 @@ class PassPath:
     """One pass of a layer on the Triton path.
 
     source: where the config came from, "heuristic" or the name of a tuned table.
-    work: of one step. estimate: microseconds of one step, by the planner's coarse sum, not measured.
+    work: of one step. estimate: microseconds of one step, by the planner's coarse sum, not measured. padded_to: the
+    hidden size that the layer is computed by, where it is not its own (`planning/padding.py`); else 0.
     """
 
     which: str
@@ -36,15 +38,17 @@ class PassPath:
     source: str
     work: Work
     estimate: float
+    padded_to: int = 0
 
     def __str__(self) -> str:
         config, work = self.config, self.work
         weights = "resident on chip" if config.resident else "re-read from L2 every step"
         if config.placement == "single":
             weights = "and W_ih read once, in one launch"
+        padded = f", padded to H={self.padded_to}" if self.padded_to else ""
         exchange = "" if config.protocol == "none" else f", exchange by {config.protocol}"
         return (
-            f"  {self.which}: {config.placement}{exchange}, W_hh {weights}, plan from {self.source}\n"
+            f"  {self.which}: {config.placement}{exchange}, W_hh {weights}, plan from {self.source}{padded}\n"
             f"    {config.encode()}\n"
             f"    a step: {_scaled(work.operations, 1000, 'FLOP')}, {_scaled(work.memory_bytes, 1024, 'B')} of memory "
             f"traffic, {_scaled(work.exchanged_bytes, 1024, 'B')} through L2; estimated {self.estimate:.2f} us"
@@ -159,14 +163,20 @@ def _explanation(
 
 
 def _pass(which: str, call: Call, precision: str, device: Device, one_step: bool, kind: str) -> PassPath:
-    problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision, kind)
+    hidden_size = call.hidden_size
+    if kind == "plain" and not one_step:
+        hidden_size = padded_size(hidden_size, call.directions, call.dtype, precision, device)
+    problem = Problem(which, hidden_size, call.batch, call.directions, call.dtype, precision, kind)
     chosen = plan_for(problem, device)
     assert not isinstance(chosen, NoPlan)
     single = plan_single(problem, device) if one_step and which == "forward" and not problem.norm else None
     if single is not None:
         chosen = Plan(single, "heuristic")
     work = work_per_step(chosen.config, problem)
-    return PassPath(which, chosen.config, chosen.source, work, microseconds_per_step(chosen.config, problem, device))
+    estimate = microseconds_per_step(chosen.config, problem, device)
+    return PassPath(
+        which, chosen.config, chosen.source, work, estimate, hidden_size if hidden_size != call.hidden_size else 0
+    )
 
 
 def _steps(module: LSTM | LSTMCell, input: Tensor) -> int:

@@ -21,6 +21,7 @@ from ..planning.route import (
     PRECISIONS,
     Unusable,
     check_choice,
+    kernel_hidden_size,
     kernel_refusal,
     log_once,
     warn_once_of_the_loop,
@@ -29,6 +30,7 @@ from ..planning.settings import strict
 from ..planning.transforms import aten_can, autocast_is_on, needs_gradient, without_autocast
 from ..variant import PLAIN, Variant
 from .checks import Sizes, State, check_call, check_recompute, check_states, reset_state_of
+from .padding import padded_layer
 from .projection import projected_layer
 from .weights import layer_weights
 
@@ -191,11 +193,10 @@ def run_stack(
     batch, out_size = input.shape[0 if batch_first else 1], stack.proj_size or hidden_size
     sizes_of_state = sizes.states, batch, out_size, hidden_size
     reset_state = reset_state_of(marks.reset_state, marks.reset, input, sizes_of_state)
+    dtype = str(input.dtype).removeprefix("torch.")
+    request = stack.backend, device.type, device.index, dtype, stack.precision, hidden_size, sizes.directions, kind
     if refusal is None:
-        dtype = str(input.dtype).removeprefix("torch.")
-        refusal = kernel_refusal(
-            stack.backend, device.type, device.index, dtype, stack.precision, hidden_size, sizes.directions, kind
-        )
+        refusal = kernel_refusal(*request)
     if refusal and (stack.plan or stack.batch_invariant):
         given = "a plan was given" if stack.plan else "batch_invariant is asked for"
         raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
@@ -226,10 +227,20 @@ def run_stack(
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
+    asked = stack.return_states
+
+    def by_kernels(v: Inputs) -> LayerResult:
+        return eager.layer(v, stack.choices(_keep(v, stack)))
+
+    padded = hidden_size
+    if not refusal and kind == "plain" and not stack.plan and hidden_size * input.element_size() % 16:
+        seq_len = input.shape[1 if batch_first else 0]
+        padded = hidden_size if seq_len == 1 else kernel_hidden_size(*request)
+
     def run(v: Inputs) -> LayerResult:
         if not refusal:
             try:
-                return eager.layer(v, stack.choices(_keep(v, stack)))
+                return by_kernels(v) if padded == hidden_size else padded_layer(by_kernels, v, padded, asked)
             except Unusable as error:  # a call like this one is refused from now on
                 if stack.backend == "triton" or strict() or stack.plan or stack.batch_invariant:
                     raise

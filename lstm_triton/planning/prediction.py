@@ -18,6 +18,7 @@ from pathlib import Path
 from .cost import MACHINES, microseconds_per_step
 from .cudnn import Call, algorithm
 from .device import STAND_IN, Device
+from .padding import padded_size
 from .planner import NoPlan, plan, plan_single
 from .problem import ELEMENT_SIZE, PASSES, Problem
 
@@ -197,9 +198,11 @@ def steps_of(
     ):
         return None
     factors = corrections().get(device.arch, {}) if corrected else {}
-    steps = []
+    steps, hidden_size = [], call.hidden_size
+    if not single:
+        hidden_size = padded_size(hidden_size, call.directions, call.dtype, precision, device)
     for which in PASSES[: 2 if training else 1]:
-        problem = Problem(which, call.hidden_size, call.batch, call.directions, call.dtype, precision)
+        problem = Problem(which, hidden_size, call.batch, call.directions, call.dtype, precision)
         chosen = plan(problem, device)
         if isinstance(chosen, NoPlan):
             return None

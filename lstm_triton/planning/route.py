@@ -21,6 +21,7 @@ from ..kernels.forward import lstm_forward_kernel
 from ..kernels.launch import LaunchRefused, is_interpreted
 from .cudnn import Call, algorithm
 from .device import INTERPRETER, NO_DRIVER, Device, device_of, is_capturing, on_gpu, plan_without_waiting, stand_in
+from .padding import padded_size
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
 from .prediction import Prediction, predict
@@ -148,9 +149,20 @@ def possible_refusal(request: Request) -> str:
     return _refusal(kernel_device(request.device), request) or refused_transform()
 
 
+def kernel_hidden_size(*fields: Any) -> int:
+    """The hidden size that the kernels compute a plain layer by, see `padding.py`; fields: those of a `Request`."""
+    request = Request(*fields)
+    device = kernel_device(request.device)
+    if isinstance(device, NoPlan) or exporting():  # a program may run elsewhere
+        return request.hidden_size
+    sizes, precision = (request.hidden_size, request.directions), resolve_precision(request.precision)
+    return padded_size(*sizes, request.dtype, precision, device)
+
+
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which
 # would import TorchDynamo, a second of import time.
 kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+kernel_hidden_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refusal_on(target: Device | NoPlan, request: Request) -> str:
