@@ -261,11 +261,13 @@ def lstm_forward(
     final = State(h_n, torch.empty_like(h_n, dtype=c_dtype))
     cells = torch.empty_like(out) if save else None
     initial, resets = State(*(state or ())), Resets(wide_marks(reset), *(reset_state or ()))
-    masks = variants.masks()._replace(
-        h_0=variants.masked(initial.h),
-        reset_h=variants.masked(resets.h),
-        sent=torch.empty_like(out) if variants.h_mask is not None and config.placement != "local" else None,
-    )
+    masks = variants.masks()
+    if variants.h_mask is not None:
+        masks = masks._replace(
+            h_0=variants.masked(initial.h),
+            reset_h=variants.masked(resets.h),
+            sent=torch.empty_like(out) if config.placement != "local" else None,
+        )
     pairs, stats = variants.pairs(layout, config, hidden_size, w_hh), variants.stats(layout, w_hh) if save else None
     carry = State()
     if config.placement == "stepwise":

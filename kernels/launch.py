@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -38,6 +37,26 @@ def wide_marks(reset: torch.Tensor | None) -> torch.Tensor | None:
 def is_interpreted(kernel: Any) -> bool:
     """Whether Triton runs this kernel in its interpreter (TRITON_INTERPRET=1 when it was defined)."""
     return not isinstance(kernel, triton.runtime.JITFunction)
+
+
+Grid: TypeAlias = tuple[int, int, int]
+Position: TypeAlias = dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def few_launches(
+    config: Config, layout: Layout, hidden_tiles: int, directions: int, backward: bool
+) -> tuple[tuple[Grid, Position], ...]:
+    """(grid, where it is) of every launch of a pass that has not one for every step."""
+    return tuple(every_launch(config, layout, hidden_tiles, directions, backward))
+
+
+def every_launch(
+    config: Config, layout: Layout, hidden_tiles: int, directions: int, backward: bool
+) -> Iterator[tuple[Grid, Position]]:
+    for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
+        position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
+        yield (hidden_tiles, tiles, directions), position
 
 
 def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[int, int, int, int]]:
@@ -114,6 +133,7 @@ def _constants(how: How) -> How:
     return _Constants(*map(tl.constexpr, how))
 
 
+@lru_cache(maxsize=4096)
 def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
     """Triton's options for a config."""
     # Multiply-adds are fused: the default up to Triton 3.9, which warns that it will change.
@@ -129,8 +149,7 @@ def compile_options(config: Config, nvidia: bool) -> dict[str, Any]:
     return options
 
 
-@dataclass(frozen=True)
-class Recurrence:
+class Recurrence(NamedTuple):
     """One pass to be launched. exchanged: buffers that programs hand each other; the first has the type of the data."""
 
     config: Config
@@ -166,9 +185,9 @@ class Recurrence:
             "row_stride_b": layout.stride_b,
             "how": given(how),
         }
-        for first_tile, tiles, step_begin, step_end in launches(config, layout, how.BACKWARD):
-            position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
-            yield (how.TILES, tiles, how.D), shared | position
+        of_pass = every_launch if config.placement == "stepwise" else few_launches
+        for grid, position in of_pass(config, layout, how.TILES, how.D, how.BACKWARD):
+            yield grid, shared | position
 
 
 class LaunchRefused(RuntimeError):

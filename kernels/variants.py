@@ -11,6 +11,8 @@ import triton
 from .config import PLAIN_CELL, Cell, Config, Layout, compute_dtype
 from .records import Masks, Scalars
 
+NO_MASKS, NO_SCALARS = Masks(), Scalars()
+
 
 class Features(NamedTuple):
     """Those of the fields of `How` that say which variants there are."""
@@ -21,6 +23,9 @@ class Features(NamedTuple):
     DROPOUT: bool = False
     SAMPLED: bool = False
     NORM: bool = False
+
+
+NO_FEATURES = Features()
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Variants:
     def features(self) -> Features:
         """What of them is part of a binary."""
         cell = self.cell
+        if cell is PLAIN_CELL:
+            return NO_FEATURES._replace(NORM=True) if self.gain_hh is not None else NO_FEATURES
         dropout = cell.sampled and cell.recurrent_dropout > 0
         zoneout = cell.zoneout_h > 0, cell.zoneout_c > 0
         return Features(cell.coupled_gates, *zoneout, dropout, self.sampled, self.gain_hh is not None)
@@ -57,6 +64,8 @@ class Variants:
     def masks(self) -> Masks:
         """All but h_0, reset_h and sent, which only the forward pass has."""
         cell = self.cell
+        if cell is PLAIN_CELL:
+            return NO_MASKS
 
         def probability(threshold: int) -> float | None:
             return float(threshold) if threshold else None
@@ -71,6 +80,8 @@ class Variants:
 
     def scalars(self) -> Scalars:
         """None for none."""
+        if self.cell is PLAIN_CELL:
+            return NO_SCALARS
         return Scalars(self.cell.cell_clip or None, self.cell.recurrent_grad_clip or None)
 
     def check(self, config: Config, hidden_size: int) -> None:

@@ -114,11 +114,15 @@ class Variant:
 
     def cell(self, training: bool) -> Cell:
         """For the kernels; the plain cell's where nothing changes it (weight_dropout does not, it changes weights)."""
+        if self is PLAIN:  # that of most calls, which ask several times
+            return PLAIN_CELL
         make = _cell.__wrapped__ if torch.compiler.is_compiling() else _cell  # Dynamo warns of caches
         return make(self, training, torch.is_grad_enabled())
 
     def kind(self, training: bool) -> str:
         """What the planner wants to know: one of `problem.KINDS`."""
+        if self is PLAIN:
+            return "plain"
         plain = self.cell(training) == PLAIN_CELL and not self.peephole
         if self.layer_norm:
             return "norm" if plain else "norm+"

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..planning.route import BACKENDS, PRECISIONS, check_choice
-from ..variant import Variant
+from ..variant import PLAIN, Variant
 
 State = tuple[Tensor, Tensor]
+
+
+_PLAIN_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Sizes(NamedTuple):
@@ -24,9 +27,12 @@ class Sizes(NamedTuple):
     variant: Variant
 
     @property
-    def weights_per_state(self) -> int:
-        """How many weights one layer has in one direction."""
-        return len(self.expected(0, 0))
+    def names(self) -> tuple[str, ...]:
+        """Of the weights of one layer in one direction, in order."""
+        plain = _PLAIN_NAMES[: 4 if self.bias else 2]
+        if not self.proj_size and self.variant is PLAIN:
+            return plain
+        return tuple(self.expected(0, 0))
 
     def expected(self, inputs: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of these, in order."""
@@ -75,31 +81,24 @@ def check_call(
     """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-    states, count, proj_size = sizes.states, sizes.weights_per_state, sizes.proj_size
-    if states < 1 or len(weights) != states * count:
-        raise RuntimeError(f"expected {states * count} weights of at least one layer, got {len(weights)}")
+    states, proj_size, dtype, device = sizes.states, sizes.proj_size, input.dtype, input.device
     batch, seq_len = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
     if seq_len == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    hidden_size = weights[0].shape[0] // sizes.variant.gates
-    if weights[0].shape[-1] != input.shape[2]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, got {input.shape[2]}"
-        )
-    _check_weights(weights, hidden_size, sizes)
+    hidden_size = _check_weights(weights, input.shape[2], sizes)
     for name, tensor, size in zip(("h_0", "c_0"), hx or (), (proj_size or hidden_size, hidden_size)):
         if tuple(tensor.shape) != (states, batch, size):
             raise RuntimeError(f"Expected {name} size {(states, batch, size)}, got {list(tensor.shape)}")
     for name, tensors in (("hidden", hx or ()), ("parameter", weights)):
         for tensor in tensors:
-            if tensor.device != input.device:
+            if tensor.device != device:
                 raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
+                    f"Input and {name} tensors are not at the same device, found input tensor at {device} "
                     f"and {name} tensor at {tensor.device}"
                 )
-            if tensor.dtype != input.dtype and not (name == "hidden" and tensor.is_floating_point()):
+            if tensor.dtype != dtype and not (name == "hidden" and tensor.is_floating_point()):
                 raise RuntimeError(
-                    f"Input and {name} tensors are not the same dtype, found input tensor with {input.dtype} "
+                    f"Input and {name} tensors are not the same dtype, found input tensor with {dtype} "
                     f"and {name} tensor with {tensor.dtype}"
                 )
     if lengths is not None:
@@ -133,16 +132,21 @@ def check_states(return_states: Sequence[str], recompute: str) -> None:
             raise ValueError(f"return_states={name!r} needs what recompute={recompute!r} does not keep")
 
 
-def _check_weights(weights: Sequence[Tensor], hidden_size: int, sizes: Sizes) -> None:
-    """The kernels index into weights by these shapes."""
-    count = sizes.weights_per_state
-    for index in range(0, len(weights), count):
-        first = index < sizes.directions * count
-        inputs = weights[0].shape[-1] if first else sizes.directions * (sizes.proj_size or hidden_size)
-        expected = sizes.expected(inputs, hidden_size)
-        for (name, shape), tensor in zip(expected.items(), weights[index : index + count]):
-            if tuple(tensor.shape) != shape:
-                raise RuntimeError(f"Expected {name} of size {shape}, got {tuple(tensor.shape)}")
+def _check_weights(weights: Sequence[Tensor], input_size: int, sizes: Sizes) -> int:
+    """H. The kernels index into weights by these shapes."""
+    names, count = sizes.names, len(sizes.names)
+    if sizes.states < 1 or len(weights) != sizes.states * count:
+        raise RuntimeError(f"expected {sizes.states * count} weights of at least one layer, got {len(weights)}")
+    hidden_size, inputs = weights[0].shape[0] // sizes.variant.gates, weights[0].shape[-1]
+    if inputs != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {inputs}, got {input_size}")
+    expected = sizes.expected(inputs, hidden_size)
+    for index, tensor in enumerate(weights):
+        if index == sizes.directions * count:
+            expected = sizes.expected(sizes.directions * (sizes.proj_size or hidden_size), hidden_size)
+        if tuple(tensor.shape) != expected[name := names[index % count]]:
+            raise RuntimeError(f"Expected {name} of size {expected[name]}, got {tuple(tensor.shape)}")
+    return hidden_size
 
 
 def _check_lengths(lengths: Tensor, batch: int, seq_len: int) -> None:

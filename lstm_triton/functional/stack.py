@@ -93,14 +93,15 @@ class Stack(NamedTuple):
         check_states(self.return_states, self.recompute)
         if not isinstance(self.variant, Variant):
             raise TypeError(f"variant should be a Variant, got {type(self.variant).__name__}")
-        self.variant.check(self.proj_size)
+        if self.proj_size:
+            self.variant.check(self.proj_size)
 
     def choices(self, keep: str) -> Choices:
         """The operator's."""
         cell = self.variant.cell(self.training)
+        text = "" if cell is PLAIN_CELL or cell == PLAIN_CELL else cell.encode()
         return Choices(
-            self.batch_first, self.bidirectional, keep, self.batch_invariant, self.precision, self.plan,
-            "" if cell == PLAIN_CELL else cell.encode(),
+            self.batch_first, self.bidirectional, keep, self.batch_invariant, self.precision, self.plan, text
         )  # fmt: skip
 
 
@@ -202,11 +203,11 @@ def run_stack(
         raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
     if hx is not None:
         hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
-    if not torch.is_grad_enabled():
+    if stack.recompute != "none" and not torch.is_grad_enabled():
         stack = stack._replace(recompute="none")  # there is no backward pass
     if variant.weight_dropout and training:
         weights = list(weights)
-        for index in range(1, len(weights), sizes.weights_per_state):
+        for index in range(1, len(weights), len(sizes.names)):
             weights[index] = F.dropout(weights[index], variant.weight_dropout)
     by_aten = marks.lengths is None and marks.reset is None and not stack.return_states and kind == "plain"
     if refusal and by_aten and aten_can():

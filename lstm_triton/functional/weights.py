@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..variant import PLAIN
 from .checks import Sizes
 
 
 def layer_weights(weights: Sequence[Tensor], of_layer: slice, sizes: Sizes) -> tuple[dict[str, Any], Tensor | None]:
     """The weights of the sets `of_layer` by their names in `Inputs`, the bias the sum of both; and w_hr [D, P, H]."""
-    count, variant = sizes.weights_per_state, sizes.variant
-    hidden_size = weights[0].shape[0] // variant.gates
-    names = list(sizes.expected(0, hidden_size))
+    names, variant = sizes.names, sizes.variant
+    count = len(names)
+    if sizes.directions == 1 and variant == PLAIN and not sizes.proj_size:
+        w_ih, w_hh, *biases = weights[of_layer.start * count : of_layer.stop * count]
+        bias = (biases[0] + biases[1]).unsqueeze(0) if biases else None
+        return {"w_ih": w_ih.unsqueeze(0), "w_hh": w_hh.unsqueeze(0), "bias": bias}, None
     sets = [dict(zip(names, weights[at * count : (at + 1) * count])) for at in range(of_layer.start, of_layer.stop)]
 
     def stack(make: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from ..kernels.config import PLAIN_CELL, Cell, Layout
 from ..planning import planner
 from ..planning.device import on_gpu
 from ..planning.planner import NoPlan, Plan, plan_single
-from ..planning.problem import INVARIANT_BATCH, Problem
+from ..planning.problem import INVARIANT_BATCH, Problem, bucket_of_batch
 from ..planning.route import Unusable, kernel_device, plan_for, wrong_configs
 from ..planning.settings import AUTOTUNE
 from .records import Inputs, Options
@@ -41,7 +41,7 @@ def problem_of(which: str, v: Inputs, options: Options, batch: int) -> Problem:
     """What a plan is asked for."""
     dtype, (sets, _, hidden_size) = str(v.w_hh.dtype).removeprefix("torch."), v.w_hh.shape
     # One config for all batches: its tiles say in which order a row's sums are made.
-    batch = INVARIANT_BATCH if options.batch_invariant else batch
+    batch = INVARIANT_BATCH if options.batch_invariant else bucket_of_batch(batch)
     return Problem(which, hidden_size, batch, sets, dtype, options.precision, kind_of(v, options.cell))
 
 
@@ -57,7 +57,7 @@ def refusal(v: Inputs, options: Options) -> str:
 
 def kind_of(v: Inputs, cell: Cell) -> str:
     """One of `problem.KINDS`."""
-    plain = cell == PLAIN_CELL and v.peephole is None
+    plain = (cell is PLAIN_CELL or cell == PLAIN_CELL) and v.peephole is None
     if v.gain_hh is not None:
         return "norm" if plain else "norm+"
     return "plain" if plain else "variant"

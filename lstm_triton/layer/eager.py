@@ -21,7 +21,7 @@ PLAIN_TYPES = (Tensor, nn.Parameter)
 
 def unobserved(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing but autograd could see an operator on these tensors, or would have to make them plain for it."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -29,12 +29,13 @@ def unobserved(tensors: Iterable[Tensor | None]) -> bool:
         or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # is_grads_batched=True
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-    ) and all(tensor is None or _plain(tensor) for tensor in tensors)
-
-
-def _plain(tensor: Tensor) -> bool:
-    """What the dispatcher would hand to a kernel as it is."""
-    return type(tensor) in PLAIN_TYPES and not tensor.is_neg() and not tensor._is_zerotensor()
+    ):
+        return False
+    for tensor in tensors:
+        # What the dispatcher would not hand to a kernel as it is.
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor._is_zerotensor()):
+            return False
+    return True
 
 
 class LSTMLayer(torch.autograd.Function):
@@ -61,6 +62,6 @@ def layer(v: Inputs, choices: Choices) -> LayerResult:
     elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in v):
         found = LSTMLayer.apply(*v, *choices)
     else:
-        found = op.layer_by_kernels(v, choices.options())
+        return LayerResult(*op.by_kernels(v, choices.options())[:5])
     out, h_n, c_n, gates, cells, _ = found
     return LayerResult(out, h_n, c_n, gates, cells)

@@ -41,8 +41,7 @@ def ensure_forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype
 
     `route.Unusable` if none is left.
     """
-    one = Pass("forward", v, options, save, c_dtype)
-    if _to_be_compared(v) and _ensure(one) and save:
+    if _to_be_compared(v) and _ensure(Pass("forward", v, options, save, c_dtype)) and save:
         # What is wrong with the pass back is best known while the call can still go another way.
         wanted = dict.fromkeys(comparison.DIFFERENTIABLE, True)
         _ensure(Pass("backward", v, options, given=Cotangents(v.x, None, None), wanted=wanted))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.config import Layout
+from ..kernels.config import PLAIN_CELL, Layout
 from ..kernels.forward import lstm_forward
 from ..kernels.masks import sequence_mask
 from ..kernels.matmul import matmul
-from ..kernels.variants import Variants
+from ..kernels.variants import PLAIN, Variants
 from ..reference.cell import norm_gates
 from ..reference.masks import INPUT, RECURRENT
 from .choice import choose_plan, fits_one_launch
@@ -37,6 +37,8 @@ def _pair(h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 def marks_of(v: Inputs, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
     """lengths [B] int32 and reset [rows], as the kernels read them."""
+    if v.lengths is None and v.reset is None:
+        return None, None
     # Clamped: a length beyond T would lead the kernels out of their buffers.
     lengths = None if v.lengths is None else v.lengths.to(v.x.device, torch.int32).clamp(0, layout.seq_len)
     return lengths, ready(None if v.reset is None else v.reset.reshape(-1))
@@ -45,6 +47,8 @@ def marks_of(v: Inputs, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
 def variants_of(v: Inputs, options: Options) -> Variants:
     """What the kernels get for the variants of the cell."""
     cell, h_mask = options.cell, None
+    if cell == PLAIN_CELL and v.peephole is None and v.gain_hh is None and not options.time_begin:
+        return PLAIN
     if cell.sampled and cell.variational_h:
         batch, hidden_size = options.layout(v.x).batch, v.w_hh.shape[2]
         assert v.seed is not None

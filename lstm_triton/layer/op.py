@@ -50,7 +50,7 @@ from . import first_use, windows
 from . import forward as forward_pass
 from .choice import refusal
 from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
-from .records import DIFFERENTIABLE, Choices, Cotangents, Inputs, Kept, Options, read, schema_of
+from .records import DIFFERENTIABLE, Choices, Cotangents, Inputs, Kept, Options, Results, read, schema_of
 
 Result = TypeVar("Result")
 
@@ -69,48 +69,48 @@ def compute_layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def layer_by_kernels(v: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the operator gives, where it has been decided that the kernels run."""
-    return _on_kernels(v, lambda: _keeping(v, options))
+    """What the operator gives, where it has been decided that the kernels run: empty tensors for what is not kept."""
+    found, nothing = by_kernels(v, options), v.x.new_empty(0)
+    return *found[:3], *(nothing.clone() if tensor is None else tensor for tensor in found[3:])  # type: ignore[return-value]
 
 
-def _on_kernels(v: Inputs, run: Callable[[], Result]) -> Result:
-    """What surrounds a whole pass: casts are done, and what CUDA says of a wait in vain is said in words.
+def by_kernels(v: Inputs, options: Options) -> Results:
+    """A layer by the kernels: out, h_n, c_n and what `keep` says.
 
-    Where the device refuses a launch whose programs wait for each other, the pass is computed anew without such.
+    Casts are done. Where the device refuses a launch whose programs wait for each other, the pass is computed anew
+    without such; what CUDA says of a wait in vain is said in words.
     """
+    return _on_kernels(v, _keeping, v, options)
+
+
+def _on_kernels(v: Inputs, run: Callable[..., Result], *arguments: Any) -> Result:
     try:
         with without_autocast(v.x.device.type):
             try:
-                return run()
+                return run(*arguments)
             except LaunchRefused as refused:
                 without_waiting(v.x.device, refused)
-            return run()
+            return run(*arguments)
     except RuntimeError as error:
         if said := raised():
             raise RuntimeError(said) from error
         raise
 
 
-def _keeping(v: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A layer by the kernels: out, h_n, c_n and what `keep` says."""
-    (kind, size), nothing, c_dtype = options.keep, v.x.new_empty(0), options.c_dtype(v.x)
-    empty = (nothing, nothing.clone(), nothing.clone())
+def _keeping(v: Inputs, options: Options) -> Results:
+    (kind, size), c_dtype = options.keep, options.c_dtype(v.x)
     if size:
-        out, h_n, c_n, at_h, at_c = windows.forward(v, options, size, True, c_dtype)
-        assert at_h is not None
-        assert at_c is not None
-        return out, h_n, c_n, at_h, at_c, nothing
+        return Results(*windows.forward(v, options, size, True, c_dtype), None)
     if kind == "nothing":
         size = windows.size_without_gradient(v.x, v.w_hh, options.batch_first)
         if size < options.layout(v.x).seq_len:
             out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
-            return out, h_n, c_n, *empty
+            return Results(out, h_n, c_n, None, None, None)
     save = kind != "nothing"
     first_use.ensure_forward(v, options, save, c_dtype)
     with matmul_precision(v.x.dtype, options.precision):
-        out, h_n, c_n, gates, cells, stats = forward_pass.forward(v, options, save, c_dtype)
-    kept = gates if kind == "all" else None, cells, stats
-    return out, h_n, c_n, *(other if tensor is None else tensor for tensor, other in zip(kept, empty))  # type: ignore[return-value]
+        found = forward_pass.forward(v, options, save, c_dtype)
+    return found if kind == "all" else found._replace(gates=None)
 
 
 layer = torch.library.custom_op(

@@ -83,7 +83,7 @@ class LSTM(nn.RNNBase):
         **kwargs: Any,
     ) -> None:
         check_options(backend, precision, recompute)
-        self.variant = Variant(
+        variant = Variant(
             peephole=peephole,
             layer_norm=layer_norm,
             zoneout=zoneout,
@@ -94,6 +94,7 @@ class LSTM(nn.RNNBase):
             cell_clip=cell_clip,
             recurrent_grad_clip=recurrent_grad_clip,
         )
+        self.variant = PLAIN if variant == PLAIN else variant
         self.backend = backend
         self.precision = precision
         self.recompute = recompute

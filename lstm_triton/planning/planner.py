@@ -65,7 +65,8 @@ def plan(
     problem: Problem, device: Device, table: Table = NO_TABLE, without: frozenset[Config] = frozenset()
 ) -> Plan | NoPlan:
     """The config for a problem on a device, or the reason why there is none. without: configs found to be wrong."""
-    return _plan(replace(problem, batch=bucket_of_batch(problem.batch)), device, table, without)
+    bucket = bucket_of_batch(problem.batch)
+    return _plan(problem if problem.batch == bucket else replace(problem, batch=bucket), device, table, without)
 
 
 @lru_cache(maxsize=4096)

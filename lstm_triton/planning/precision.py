@@ -66,17 +66,21 @@ def _is(precision: str, wanted: str) -> bool:
 _SETTING = _Setting()
 
 
-@contextlib.contextmanager
-def matmul_precision(dtype: torch.dtype, precision: str) -> Iterator[None]:
+def matmul_precision(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
     """Let cuBLAS use TF32 exactly where the recurrence does: one such block around a whole pass.
 
     The setting belongs to the process. It is touched only where it differs, and while GEMMs are queued; another thread
     of the process that computes in fp32 meanwhile gets it too.
     """
-    if dtype != torch.float32:
-        yield
-        return
-    _SETTING.hold("tf32" if precision == "tf32" else "ieee")
+    return _held("tf32" if precision == "tf32" else "ieee") if dtype == torch.float32 else _AS_IT_IS
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _held(wanted: str) -> Iterator[None]:
+    _SETTING.hold(wanted)
     try:
         yield
     finally:

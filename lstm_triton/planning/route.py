@@ -145,7 +145,8 @@ def possible_refusal(request: Request) -> str:
     if request.backend == "auto" and not on_gpu(request.device):
         return f"the tensors are on {request.device_type}: the kernels run on CUDA and ROCm devices"
     _warn_of_misspelt_variables()
-    request = request._replace(precision=resolve_precision(request.precision))
+    if not request.precision:
+        request = request._replace(precision=resolve_precision(""))
     return _refusal(kernel_device(request.device), request) or refused_transform()
 
 

@@ -19,6 +19,8 @@ def _transforms() -> set[str]:
 
 def refused_transform() -> str:
     """The kernels have vmap and first derivatives in reverse mode: what else is asked of them, if anything."""
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return ""
     kinds = _transforms()
     if "jvp" in kinds:
         return "forward-mode differentiation is active, and the kernels have no forward-mode derivative"
