@@ -1,4 +1,4 @@
-"""What our module adds where it calls the same aten op as nn.LSTM, and what importing it adds.
+"""What our modules add where they call the same aten ops as nn.LSTM and nn.LSTMCell, and what importing them adds.
 
     python perf/cpu_overhead.py
 
@@ -10,17 +10,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, LSTMCell
 
 
-def seconds(module: nn.Module, x: torch.Tensor) -> float:
+def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    module(x)
+    call()
     return time.perf_counter() - start
+
+
+def compare(name: str, theirs: nn.Module, ours: nn.Module, rounds: int, *given: object) -> None:
+    """A line with the fastest of so many calls of each."""
+    ours.load_state_dict(theirs.state_dict())
+    times = [(seconds(lambda: theirs(*given)), seconds(lambda: ours(*given))) for _ in range(rounds)]
+    fastest = [min(of_one) * 1e6 for of_one in zip(*times)]
+    print(f"{name:30} nn {fastest[0]:8.1f} us, ours {fastest[1]:8.1f} us, ratio {fastest[1] / fastest[0]:.3f}")
 
 
 def import_seconds(statement: str) -> float:
@@ -31,15 +40,12 @@ def import_seconds(statement: str) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    theirs, ours = nn.LSTM(64, 128), LSTM(64, 128)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(100, 32, 64)
-    rounds = [(seconds(theirs, x), seconds(ours, x)) for _ in range(300)]
-    fastest = [min(times) for times in zip(*rounds)]
-    print(
-        f"forward, B=32 T=100 I=64 H=128: nn.LSTM {fastest[0] * 1e3:.3f} ms, ours {fastest[1] * 1e3:.3f} ms, ", end=""
-    )
-    print(f"ratio {fastest[1] / fastest[0]:.3f}")
+    compare("B=32 T=100 I=64 H=128", nn.LSTM(64, 128), LSTM(64, 128), 300, torch.randn(100, 32, 64))
+    step, state = torch.randn(1, 16, 32), (torch.zeros(1, 16, 32), torch.zeros(1, 16, 32))
+    with torch.no_grad():
+        compare("a step, B=16 I=H=32", nn.LSTM(32, 32), LSTM(32, 32), 3000, step, state)
+        of_cell = (state[0][0], state[1][0])
+        compare("LSTMCell, B=16 I=H=32", nn.LSTMCell(32, 32), LSTMCell(32, 32), 3000, step[0], of_cell)
     base, both = import_seconds("import torch"), import_seconds("import torch, lstm_triton")
     print(f"import torch {base:.2f} s, with lstm_triton {both:.2f} s: {both - base:.2f} s more")
 

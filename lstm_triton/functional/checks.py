@@ -179,6 +179,8 @@ def check_options(backend: str, precision: str | None, recompute: str = "none") 
 
 def of_type(hx: State | None, dtype: torch.dtype) -> State | None:
     """For PyTorch's own path, which wants a state of the input's type: any other floating one in it."""
+    if isinstance(hx, tuple) and all(getattr(state, "dtype", None) == dtype for state in hx):
+        return hx
     if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in hx):
         return hx  # it knows what to say
     return tuple(t.to(dtype) for t in hx)  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional.checks import State, check_options, of_type
-from ..planning.route import compute_dtype, kernel_refusal
+from ..planning.route import by_torch_alone, compute_dtype, kernel_refusal
 from ..planning.transforms import aten_can
 from ..variant import Variant
 
@@ -59,10 +59,11 @@ class LSTMCell(nn.LSTMCell):
                 (batched input only). A row that is not active keeps even a state that is marked.
             reset_state: h and c, each [H] for all rows or [B, H].
         """
-        refusal = self.refusal(input)
         plain = active is None and reset is None and reset_state is None
-        if refusal and plain and aten_can():
-            return super().forward(input, of_type(hx, input.dtype))
+        alone = plain and by_torch_alone(self.backend, input.device)
+        refusal = "" if alone else self.refusal(input)
+        if plain and (alone or refusal) and aten_can():
+            return super().forward(input, hx if hx is None else of_type(hx, input.dtype))
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         self._check_sizes(input, hx)

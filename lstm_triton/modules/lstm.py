@@ -15,7 +15,7 @@ from ..functional.stack import Marks, Stack, run_stack
 from ..planning.cudnn import UNDER_AUTOCAST, Call
 from ..planning.device import on_gpu
 from ..planning.precision import resolve_precision
-from ..planning.route import Request, compute_dtype, kernel_refusal, possible_refusal, slower_reason
+from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, possible_refusal, slower_reason
 from ..planning.transforms import aten_can, autocast_is_on, exporting, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
@@ -217,37 +217,48 @@ class LSTM(nn.RNNBase):
             output and (h_n, c_n), shaped as nn.LSTM shapes them, and with return_states the states
             of every step, in the form of the input: padded, packed or nested.
         """
-        packed, marks = isinstance(input, PackedSequence), Marks(lengths, reset, reset_state)
-        compiling = torch.compiler.is_compiling()
-        traced = compiling and not exporting()
-        unmarked = lengths is None and reset is None and reset_state is None
-        if self.learn_initial_state:
-            hx = self._learned(input, hx)
-            if reset is not None and reset_state is None:
-                marks = marks._replace(reset_state=self._initial())
+        packed = isinstance(input, PackedSequence)
         data: Tensor = input.data if packed else input  # type: ignore[assignment]
         nested = not packed and data.is_nested
+        unmarked = lengths is None and reset is None and reset_state is None
         if not unmarked and (packed or nested):
             kind = "nested tensor" if nested else "PackedSequence"
             raise ValueError(f"a {kind} has its own lengths: lengths= and reset= go with a padded tensor")
-        refusal = self.refusal(data)
-        if nested:
-            return self._forward_nested(data, hx, return_states, refusal)
-        frugal = self.recompute != "none" and torch.is_grad_enabled()
-        variant = self.variant.kind(self.training) != "plain" or (self.training and self.variant.weight_dropout)
-        plain = unmarked and not return_states and not frugal and not self.batch_invariant and not variant
-        if plain and refusal and aten_can():
-            hx = of_type(hx, data.dtype)
+        if self.learn_initial_state:
+            hx = self._learned(input, hx)
+            if reset is not None and reset_state is None:
+                reset_state = self._initial()
+        plain = unmarked and not return_states and not nested and self._is_plain()
+        alone = plain and by_torch_alone(self.backend, data.device)
+        refusal = "" if alone else self.refusal(data)
+        compiling = torch.compiler.is_compiling()
+        traced = compiling and not exporting()
+        if plain and (alone or refusal) and aten_can():
+            if hx is not None:
+                hx = of_type(hx, data.dtype)
             if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
                 return untraced(nn.LSTM.forward, self, input, hx)
             return self._forward_by_torch(input, hx)
+        if alone:  # a transform that aten lacks
+            refusal = self.refusal(data)
+        if nested:
+            return self._forward_nested(data, hx, return_states, refusal)
         if packed:
             if traced:
                 return untraced(LSTM._forward_packed, self, input, hx, return_states, refusal)
             return self._forward_packed(input, hx, return_states, refusal)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(data, hx):
             return self._by_cudnn(data, of_type(hx, data.dtype))
-        return self._forward_padded(data, hx, marks, return_states, refusal)
+        return self._forward_padded(data, hx, Marks(lengths, reset, reset_state), return_states, refusal)
+
+    def _is_plain(self) -> bool:
+        """Whether nn.LSTM computes the same."""
+        if self.batch_invariant or (self.recompute != "none" and torch.is_grad_enabled()):
+            return False
+        variant = self.variant
+        if variant is PLAIN:
+            return True
+        return variant.kind(self.training) == "plain" and not (self.training and variant.weight_dropout)
 
     def _initial(self) -> State:
         return self.initial_h, self.initial_c  # type: ignore[return-value]

@@ -137,6 +137,11 @@ def kernel_refusal(*fields: Any) -> str:
     return reason
 
 
+def by_torch_alone(backend: str, device: torch.device) -> bool:
+    """Whether a plain call can only be PyTorch's own, by the first glance: of most calls off a GPU."""
+    return backend != "triton" and not on_gpu(device) and not exporting()
+
+
 def possible_refusal(request: Request) -> str:
     """The same as a question: nothing is raised or logged."""
     # Neither asks a driver, which may not be able to start.
