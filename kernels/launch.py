@@ -207,13 +207,65 @@ def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
     with on_device_of(recurrence.first_exchanged):
         for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):
             try:
-                kernel[grid](**arguments, **shared)
+                start(kernel, grid, recurrence.config, arguments | shared)
             except RuntimeError as error:
                 if said := raised():
                     raise RuntimeError(said) from error
                 if recurrence.config.protocol != "none" and _is_refusal(str(error)):
                     raise LaunchRefused(str(error).strip()) from error
                 raise
+
+
+_binaries: dict[tuple, Any] = {}  # what Triton has launched, by all that it looks a binary up by
+
+
+def start(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+    """kernel[grid](**arguments), without Triton's search for the binary from the second time on.
+
+    config: what `compile_options` follow from.
+    """
+    kinds = None
+    if not is_interpreted(kernel) and not kernel.pre_run_hooks:
+        kinds = _kinds(arguments[name] for name in kernel.arg_names)
+    if kinds is None:
+        kernel[grid](**arguments)
+        return
+    # Held apart as Triton does: by the device, which is a target where binaries are only looked up.
+    key = kernel, triton.runtime.driver.active.get_current_device(), config, arguments["how"], kinds
+    binary = _binaries.get(key)
+    if binary is None:
+        _binaries[key] = kernel[grid](**arguments)
+    else:
+        again(binary, grid, [arguments[name] for name in kernel.arg_names])
+
+
+def again(binary: Any, grid: Grid, arguments: list[Any]) -> None:
+    """Launch a binary that has been launched before."""
+    binary[grid](*arguments)
+
+
+def _kinds(values: Iterable[Any]) -> tuple | None:
+    """What Triton specialises a binary on, for aligned pointers and 32-bit integers; None if there are others."""
+    found: list[Any] = []
+    for value in values:
+        if value is None:
+            found.append(None)
+        elif isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16:
+                return None
+            found.append(value.dtype)
+        elif isinstance(value, How):
+            continue  # is part of the key as it is
+        elif isinstance(value, tuple):
+            inside = _kinds(value)
+            if inside is None:
+                return None
+            found.append(inside)
+        elif isinstance(value, int) and not -(2**31) <= value < 2**31:
+            return None
+        else:
+            found.append(type(value))
+    return tuple(found)
 
 
 def _is_refusal(text: str) -> bool:

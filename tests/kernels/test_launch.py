@@ -6,9 +6,17 @@ import ast
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+import triton
+from engines import Engine
+from layers import Case, run_recurrence
+
 import lstm_triton.kernels
+from lstm_triton.kernels import launch
 from lstm_triton.kernels.config import Config, Layout
 from lstm_triton.kernels.launch import MOST_TILES, compile_options, launches
+from lstm_triton.kernels.records import State
 
 GRID = Config("grid", "flags", True, False, 1, 16, 16, 16, 4, max_batch_tiles=2)
 STEPWISE = Config("stepwise", "none", True, False, 1, 16, 16, 16, 4)
@@ -69,3 +77,31 @@ def test_no_device_function_returns_none() -> None:
                 if isinstance(node, ast.Return):
                     assert None not in parts(node.value), where
                 assert not isinstance(node, ast.Assign) or len(node.targets) == 1, where
+
+
+@pytest.mark.machine
+def test_a_binary_is_looked_up_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second launch of a kind goes past Triton's search, with the same results; another kind does not."""
+    seen: list[str] = []
+    search, again = triton.runtime.JITFunction.run, launch.again
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda *a, **k: (seen.append("search"), search(*a, **k))[1])
+    monkeypatch.setattr(launch, "again", lambda *a: (seen.append("again"), again(*a))[1])
+    monkeypatch.setattr(launch, "_binaries", {})
+    config = Config("grid", "mailbox", True, False, 1, 16, 16, 32, 4)
+    found = []
+    with engine():
+        for case in (Case(seq_len=2), Case(seq_len=2), Case(seq_len=3, batch=2), Case(seq_len=2, lengths=True)):
+            found.append(run_recurrence(replace(case, dtype=torch.float16), config))
+    # Forward and backward each; neither a batch nor a length is part of a binary, an optional input is.
+    assert seen == [*["search"] * 2, *["again"] * 4, *["search"] * 2]
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+
+
+def test_what_binaries_are_told_apart_by() -> None:
+    buffer = torch.zeros(64, dtype=torch.float16)
+    state = State(buffer, None)
+    assert launch._kinds([buffer, None, 3, 0.5, state]) == (torch.float16, None, int, float, (torch.float16, None))
+    assert launch._kinds([buffer.float(), state]) != launch._kinds([buffer, state])
+    assert launch._kinds([buffer[1:]]) is None, "Triton compiles anew for a pointer that is not aligned"
+    assert launch._kinds([State(None, buffer[1:])]) is None
+    assert launch._kinds([2**31]) is None, "and for a wider integer"
