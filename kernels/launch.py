@@ -216,7 +216,7 @@ def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
                 raise
 
 
-_binaries: dict[tuple, Any] = {}  # what Triton has launched, by all that it looks a binary up by
+_binaries: dict[tuple, tuple[Any, Any]] = {}  # what Triton has launched, by all that it looks a binary up by
 
 
 def start(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
@@ -231,12 +231,12 @@ def start(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) ->
         kernel[grid](**arguments)
         return
     # Held apart as Triton does: by the device, which is a target where binaries are only looked up.
-    key = kernel, triton.runtime.driver.active.get_current_device(), config, arguments["how"], kinds
-    binary = _binaries.get(key)
-    if binary is None:
-        _binaries[key] = kernel[grid](**arguments)
+    key = id(kernel), triton.runtime.driver.active.get_current_device(), config, arguments["how"], kinds
+    known = _binaries.get(key)
+    if known is None:
+        _binaries[key] = kernel, kernel[grid](**arguments)  # with the kernel, for its id to stay its own
     else:
-        again(binary, grid, [arguments[name] for name in kernel.arg_names])
+        again(known[1], grid, [arguments[name] for name in kernel.arg_names])
 
 
 def again(binary: Any, grid: Grid, arguments: list[Any]) -> None:
