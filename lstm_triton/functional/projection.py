@@ -40,10 +40,10 @@ def projected_layer(
                 nothing = nothing + torch.zeros_like(tensor.reshape(-1)[:1], dtype=x.dtype).sum()
         order = "both" if directions == 2 else "forward"
         entering = previous_hidden(nothing, v.h_0, v.lengths, v.reset, v.reset_h, directions, order, batch_first)
-        x = torch.cat((x, entering.reshape(nothing.shape)), -1)
+        x = beside(x, entering.reshape(nothing.shape))
         # Each direction reads its own part of what enters.
         blocks = torch.block_diag(*v.w_hh.unbind()).unflatten(0, (directions, -1))  # [D, 4H, D * P]
-        w_ih = torch.cat((w_ih, blocks), -1)
+        w_ih = beside(w_ih, blocks)
     # An m of zeros beside each c that is given.
     h_0, reset_h = (None if c is None else torch.zeros_like(c) for c in (v.c_0, v.reset_c))
     result = run(v._replace(x=x, w_ih=w_ih, w_hh=v.w_hh @ w_hr, h_0=h_0, reset_h=reset_h))
@@ -53,3 +53,8 @@ def projected_layer(
     by_direction = result.out.unflatten(-1, (directions, -1)).unbind(-2)
     out = torch.cat([project(m, w) for m, w in zip(by_direction, w_hr)], -1)
     return result._replace(out=out, h_n=h_n)
+
+
+def beside(a: Tensor, b: Tensor) -> Tensor:
+    """a and b along the last axis. Unlike those of torch.cat, gradients are no views of a wider tensor."""
+    return F.pad(a, (0, b.shape[-1])) + F.pad(b, (a.shape[-1], 0))

@@ -101,7 +101,9 @@ class LSTMCell(nn.LSTMCell):
             backend=self.backend,
             precision=self.precision or "",
         )
-        return (h[0], c[0]) if batched else (h[0, 0], c[0, 0])
+        # Not views for autograd, which could not be detached in place (`_unsafe_view` is what aten's matmul returns).
+        size = h.shape[1:] if batched else h.shape[2:]
+        return torch.ops.aten._unsafe_view(h, size), torch.ops.aten._unsafe_view(c, size)
 
     def _check_sizes(self, input: Tensor, hx: State | None) -> None:
         """Raise what aten's lstm_cell raises."""

@@ -120,6 +120,8 @@ def _left(name: str, module: nn.Module, include: Sequence[str], exclude: Sequenc
         return "not included"
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
+    if "forward" in vars(module):
+        return "something has replaced its own forward, as hooks of other libraries do: patch first"
     return "" if type(module) in OURS else _subclass(module)
 
 

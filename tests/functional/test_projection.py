@@ -134,3 +134,13 @@ def test_as_exact_as_pytorch(dtype: torch.dtype) -> None:
             for which, module in enumerate((ours, theirs)):
                 errors[which] += (gradients(module, x, hx)[index].double() - want).square().sum()
         assert errors[0] <= 4 * errors[1], f"{name}: {errors.sqrt().tolist()}"
+
+
+@pytest.mark.parametrize("given_state", [False, True])
+def test_gradients_are_no_views_of_wider_tensors(given_state: bool) -> None:
+    """Initial states come in as further inputs, which the gradients of x and its weights must not show."""
+    module = LSTM(4, 5, 2, proj_size=2, bidirectional=True, backend="triton")
+    x, state = torch.randn(3, 2, 4, requires_grad=True), (torch.randn(4, 2, 2), torch.randn(4, 2, 5))
+    module(x, state if given_state else None)[0].sum().backward()
+    for tensor in (x, *module.parameters()):
+        assert tensor.grad.is_contiguous()

@@ -161,3 +161,14 @@ def test_masked_cell(backend: str, state: bool, names: tuple[str, ...]) -> None:
 def test_wrong_masks(backend: str, x: tuple, marks: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         LSTMCell(5, 6, backend=backend)(torch.randn(x), **marks)
+
+
+@pytest.mark.parametrize("size", [(2, 4), (4,)], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_state_of_a_rollout_is_detached_in_place(backend: str, size: tuple[int, ...]) -> None:
+    cell = LSTMCell(4, 5, backend=backend)
+    h, c = cell(torch.randn(size))
+    for state in (h, c):
+        assert not state._is_view()
+        assert not state.detach_().requires_grad
+    cell(torch.randn(size), (h, c))[0].sum().backward()

@@ -121,3 +121,14 @@ def test_hooks_optimizers_and_checkpoints_survive(tmp_path: Path) -> None:
     Model().load_state_dict(torch.load(tmp_path / "model.pt"))
     again = copy.deepcopy(model)
     assert type(again.decoder) is LSTM
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell])
+def test_a_replaced_forward_is_said_to_be_in_the_way(kind: type[nn.Module]) -> None:
+    """As hooks leave it that wrap the forward of an instance: it would go on calling PyTorch's."""
+    model = nn.Sequential(kind(4, 4), kind(4, 4))
+    theirs = model[0].forward
+    model[0].forward = lambda *arguments: theirs(*arguments)
+    changes = patch(model)
+    assert "something has replaced its own forward" in str(changes[0])
+    assert [type(module) is kind for module in model] == [True, False]
