@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..planning.transforms import grads_are_batched
 from . import op
 from .records import Choices, Inputs, LayerResult, read
 
@@ -26,7 +27,7 @@ def unobserved(tensors: Iterable[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # is_grads_batched=True
+        or grads_are_batched()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     ):

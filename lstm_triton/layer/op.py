@@ -44,7 +44,7 @@ from ..kernels.launch import LaunchRefused
 from ..kernels.matmul import matmul
 from ..planning.precision import matmul_precision, resolve_precision
 from ..planning.route import Unusable, warn_once_of_the_loop, without_waiting
-from ..planning.transforms import without_autocast
+from ..planning.transforms import grads_are_batched, without_autocast
 from . import backward as backward_pass
 from . import first_use, windows
 from . import forward as forward_pass
@@ -202,6 +202,9 @@ def gradients(
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # create_graph=True
         found = gradients_with_a_graph(given, v, choices.options(), wanted)
+    elif grads_are_batched():
+        warn_once_of_the_loop("is_grads_batched=True asks for many backward passes at once")
+        found = gradients_by_pytorch(given, v, choices.options(), wanted)
     else:
         try:
             found = run(*given, *v, *kept, *choices, wanted)

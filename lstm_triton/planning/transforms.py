@@ -34,6 +34,11 @@ def transformed() -> bool:
     return bool(_transforms())
 
 
+def grads_are_batched() -> bool:
+    """Whether is_grads_batched=True, or jacobian(vectorize=True), is going back: by a vmap that is not torch.func's."""
+    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+
+
 def needs_gradient(tensor: Tensor) -> bool:
     """requires_grad, also of what vmap maps over."""
     while torch._C._functorch.is_batchedtensor(tensor):

@@ -88,11 +88,10 @@ def test_a_profiler_sees_the_operators() -> None:
     assert {"lstm_triton::layer", "lstm_triton::layer_backward"} <= names
 
 
-def test_batched_gradients_of_the_old_kind_say_what_is_missing() -> None:
-    x = torch.randn(2, 2, 3, requires_grad=True)
-    out, _ = LSTM(3, 4, backend="triton", precision="ieee")(x)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for lstm_triton::layer_backward"):
-        torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)
+def test_jacobians_at_once() -> None:
+    module, x = LSTM(3, 4, backend="triton", precision="ieee"), torch.randn(2, 2, 3)
+    found = [torch.autograd.functional.jacobian(lambda x: module(x)[0], x, vectorize=each) for each in (False, True)]
+    torch.testing.assert_close(*found)
 
 
 def test_a_lazily_negated_tensor_is_what_it_says() -> None:
@@ -135,3 +134,19 @@ def test_a_traced_module_keeps_its_operator() -> None:
     module = LSTM(3, 4, backend="triton", precision="ieee").requires_grad_(False)
     graph = make_fx(lambda x: module(x)[0], tracing_mode="fake", _allow_non_fake_inputs=True)(torch.randn(2, 2, 3))
     assert "lstm_triton.layer" in graph.code
+
+
+@pytest.mark.parametrize("kept", ["all", "chunk:2"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_many_backward_passes_at_once(case: Case, kept: str) -> None:
+    """is_grads_batched=True, past the dispatcher and through the operator: what the passes give one by one."""
+    for run in (past_the_dispatcher, ops.layer):
+        leaves = leaves_of(case)
+        out = run(*arguments(case, leaves, kept))[0]
+        basis = torch.randn(3, *out.shape)
+        given = list(leaves.values())
+        found = torch.autograd.grad(out, given, basis, is_grads_batched=True, retain_graph=True, materialize_grads=True)
+        for index, one in enumerate(basis):
+            want = torch.autograd.grad(out, given, one, retain_graph=True, materialize_grads=True)
+            for got, gradient in zip(found, want):
+                torch.testing.assert_close(got[index], gradient, rtol=1e-4, atol=1e-5)
