@@ -60,7 +60,7 @@ class Config(_Encoded):
     split_k: slices of the depth that warps work on side by side, 1 for none; see product.py. "local" has none
         forward, and backward one for every gate or part of one.
     block_b, block_h, block_k: rows, hidden units and dot depth of one program; powers of two, block_k at
-        least 16, the others 8.  "local" has block_h >= H and no block_k of its own: block_k == block_h.
+        least 16, the others 8. "local" has block_h >= H and no block_k of its own: block_k == block_h.
     num_warps, num_stages: Triton's.
     max_batch_tiles: most batch tiles in one launch, so that all programs of a launch that waits
         are resident together; 0: no limit. A larger batch runs as several launches.

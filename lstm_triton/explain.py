@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -13,7 +12,7 @@ from .modules.cell import LSTMCell
 from .modules.lstm import LSTM
 from .planning.cost import Work, microseconds_per_step, work_per_step
 from .planning.cudnn import UNDER_AUTOCAST, Algorithm, Call, algorithm
-from .planning.device import Device, is_capturing
+from .planning.device import Device
 from .planning.padding import padded_size
 from .planning.planner import NoPlan, Plan, plan_single
 from .planning.precision import resolve_precision
@@ -110,12 +109,13 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     one_step = one_step and not invariant
     precision, device = resolve_precision(module.precision or ""), kernel_device(data.device)
     kind = module.variant.kind(module.training) if isinstance(module, LSTM) else "plain"
-    autocast, predicted = autocast_is_on(data.device.type), None
-    theirs = replace(call, dtype=UNDER_AUTOCAST) if autocast else call
-    whole = isinstance(module, LSTM) and not packed and not data.is_nested and not invariant
-    if whole and kind == "plain" and not autocast and isinstance(device, Device):
-        captured = is_capturing(data.device)
-        predicted = predict(call, device, precision, torch.is_grad_enabled(), _steps(module, data), captured)
+    theirs = replace(call, dtype=UNDER_AUTOCAST) if autocast_is_on(data.device.type) else call
+    predicted = None
+    if isinstance(module, LSTM) and isinstance(device, Device) and not packed and not data.is_nested:
+        asked = module.rival(data)
+        if asked is not None:
+            rival, _, trained, seq_len = asked
+            predicted = predict(rival, device, precision, trained, seq_len)
     return _explanation(call, precision, device, reason, one_step, kind, theirs, predicted)
 
 

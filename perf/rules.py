@@ -180,6 +180,8 @@ def compared(rows: list[Row], device: Device) -> Iterator[tuple[Row, str, float,
     for row in rows:
         if row.region != "rules" or not row.value:
             continue
+        if row.mode not in MODES or row.dtype not in TYPES:
+            raise RowsError(f"a row of an unknown mode or type: {row.mode}, {row.dtype}")
         graph = row.provider.endswith("_graph")
         found = predict(call_of(row), device, "tf32", MODES[row.mode], int(row.seq_len), graph, corrected=False)
         kinds = {"ours"} if row.provider.startswith("ours") else {one.kind for one in found.steps} if found else set()
@@ -212,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.write and options.rows is None:
         parser.error("--write keeps the factors of --rows")
+    if options.measure is not None and options.rows is not None:
+        parser.error("--measure makes the rows that --rows reads: one after the other")
     if options.measure is not None:
         if needs_gpu():
             return 2
@@ -237,7 +241,11 @@ def from_rows(path: Path, gpu: str | None, write: bool) -> int:
     if device is None:
         print("rules.py: there is no GPU here: --gpu names the architecture that the rows are of", file=sys.stderr)
         return 2
-    found = factors(rows, device)
+    try:
+        found = factors(rows, device)
+    except RowsError as error:
+        print(f"rules.py: {path}: {error}", file=sys.stderr)
+        return 2
     if not found:
         print(f"rules.py: {path} has no row that tells of a rule", file=sys.stderr)
         return 2

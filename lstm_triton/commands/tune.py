@@ -31,6 +31,7 @@ from ..kernels.compile import compile_pass
 from ..layer import op
 from ..planning import store
 from ..planning.device import Device, gpu_here, on_gpu
+from ..planning.padding import padded_size
 from ..planning.planner import NoPlan, plan
 from ..planning.problem import PASSES, Bucket, Problem, bucket_of
 from ..planning.route import bout_of, kernel_device
@@ -58,8 +59,10 @@ class Shape:
     dtype: str
     precision: str
 
-    def problems(self) -> list[Problem]:
-        return [Problem(which, *vars(self).values()) for which in PASSES]
+    def problems(self, device: Device) -> list[Problem]:
+        """Of both passes, by the hidden size that the kernels compute a layer by."""
+        size = padded_size(self.hidden_size, self.directions, self.dtype, self.precision, device)
+        return [Problem(which, *vars(replace(self, hidden_size=size)).values()) for which in PASSES]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -120,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
         here = device.reason if on_gpu(where) else "there is none here"
         raise RuntimeError(f"tuning measures on a GPU: {here}")
     for shape in shapes:
-        for problem in shape.problems():
+        for problem in shape.problems(device):
             chosen = plan(problem, device)
             if isinstance(chosen, NoPlan):
                 raise RuntimeError(chosen.reason)
@@ -156,7 +159,7 @@ class Tuner:
         done: set[Bucket] = set()
         with tqdm(total=len(shapes), unit="shape", disable=None) as bar:
             for index, shape in enumerate(shapes):
-                for problem in shape.problems():
+                for problem in shape.problems(self.device):
                     left = (deadline - time.monotonic()) / (len(shapes) - index)
                     if left > 0 and bucket_of(problem) not in done:
                         bar.set_postfix_str(
@@ -211,12 +214,12 @@ class Tuner:
     def _compile_ahead(self, shape: Shape, pool: Executor) -> None:
         """The binaries of a call without an initial state, which the contest makes."""
         futures = []
-        for problem in shape.problems():
+        for problem in shape.problems(self.device):
             chosen = plan(problem, self.device, self.table)
             assert not isinstance(chosen, NoPlan)
             for save in (True, False) if problem.which == "forward" else (True,):
                 options = {"save": save, "state": False}
-                sizes = (shape.hidden_size, getattr(torch, shape.dtype), shape.precision, shape.directions)
+                sizes = (problem.hidden_size, getattr(torch, shape.dtype), shape.precision, shape.directions)
                 given = (problem.which, chosen.config, self.device.arch, *sizes)
                 futures.append(pool.submit(_compile, *given, **options))
         for future in futures:

@@ -236,7 +236,8 @@ def run_stack(
     padded = hidden_size
     if not refusal and kind == "plain" and not stack.plan and hidden_size * input.element_size() % 16:
         seq_len = input.shape[1 if batch_first else 0]
-        padded = hidden_size if seq_len == 1 else kernel_hidden_size(*request)
+        if seq_len > 1 or stack.batch_invariant:  # whose bits do not depend on where a sequence is cut
+            padded = kernel_hidden_size(*request)
 
     def run(v: Inputs) -> LayerResult:
         if not refusal:

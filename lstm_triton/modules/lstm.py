@@ -15,7 +15,7 @@ from ..functional.stack import Marks, Stack, run_stack
 from ..planning.cudnn import UNDER_AUTOCAST, Call
 from ..planning.device import on_gpu
 from ..planning.precision import resolve_precision
-from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, possible_refusal, slower_reason
+from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, slower_reason
 from ..planning.transforms import aten_can, autocast_is_on, exporting, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
@@ -115,11 +115,8 @@ class LSTM(nn.RNNBase):
         fill_own(self, self.forget_bias)
 
     def flatten_parameters(self) -> None:
-        """Nothing where the kernels run; only cuDNN wants its weights in one piece."""
-        weight = self._flat_weights[0]
-        if self.backend == "triton" or self.variant != PLAIN or not isinstance(weight, Tensor):
-            return
-        if on_gpu(weight.device) and possible_refusal(self._request(weight)):
+        """As nn.LSTM does, when the module is made or moved, never within a call; nothing where cuDNN cannot run it."""
+        if self.backend != "triton" and self.variant == PLAIN:
             super().flatten_parameters()
 
     def extra_repr(self) -> str:
@@ -162,35 +159,39 @@ class LSTM(nn.RNNBase):
         By the tuned table of the GPU, else by a prediction (`planning/prediction.py`), so it depends on the shape of
         the input, [T, B, I] or [B, T, I].
         """
-        dropped = self.training and self.variant.weight_dropout
-        if self.batch_invariant or self.recompute != "none" or dropped:
-            return ""  # nn.LSTM has none of these
+        asked = self.rival(input, hx)
+        return "" if asked is None else slower_reason(input.device, *asked)
+
+    def rival(self, input: Tensor, hx: State | None = None) -> tuple[Call, str, bool, int] | None:
+        """The call as nn.LSTM could do it on a GPU: itself, precision, whether it is trained, T; else None.
+
+        Of projections nothing is known. cuDNN has no backward pass in evaluation, no vmap, and its own types.
+        """
         if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
-            return ""  # with projections nothing has been measured
+            return None
+        dropped = self.training and self.variant.weight_dropout
+        if self.batch_invariant or self.recompute != "none" or dropped or not aten_can():
+            return None
         if self.variant.kind(self.training) != "plain" or not self._computed_alike(input):
-            return ""
+            return None
+        tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if trained and not self.training:
+            return None
         sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
         dtype = compute_dtype(input.device.type, self._flat_weights[0].dtype)  # type: ignore[union-attr]
         directions = 2 if self.bidirectional else 1
         call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
-        tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
-        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return slower_reason(input.device, call, self.precision or "", training, seq_len)
+        return call, self.precision or "", trained, seq_len
 
     def _computed_alike(self, input: Tensor) -> bool:
         """Whether nn.LSTM would compute in the same type and precision, and so give results of the same kind."""
         kind = input.device.type
         if autocast_is_on(kind) and str(torch.get_autocast_dtype(kind)) != f"torch.{UNDER_AUTOCAST}":
             return False
-        return not self.precision or self.precision == resolve_precision("")
-
-    def _by_cudnn(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
-        """nn.LSTM's own forward, with the weights in the one piece that cuDNN wants."""
-        storages = {weight.untyped_storage().data_ptr() for weight in self._flat_weights}  # type: ignore[union-attr]
-        if len(storages) > 1:
-            super().flatten_parameters()
-        return self._forward_by_torch(input, hx)
+        of_float32 = self._flat_weights[0].dtype == torch.float32  # type: ignore[union-attr]
+        return not (of_float32 and self.precision) or self.precision == resolve_precision("")
 
     def forward(
         self,
@@ -248,17 +249,15 @@ class LSTM(nn.RNNBase):
                 return untraced(LSTM._forward_packed, self, input, hx, return_states, refusal)
             return self._forward_packed(input, hx, return_states, refusal)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(data, hx):
-            return self._by_cudnn(data, of_type(hx, data.dtype))
+            return self._forward_by_torch(data, of_type(hx, data.dtype))
         return self._forward_padded(data, hx, Marks(lengths, reset, reset_state), return_states, refusal)
 
     def _is_plain(self) -> bool:
         """Whether nn.LSTM computes the same."""
         if self.batch_invariant or (self.recompute != "none" and torch.is_grad_enabled()):
             return False
-        variant = self.variant
-        if variant is PLAIN:
-            return True
-        return variant.kind(self.training) == "plain" and not (self.training and variant.weight_dropout)
+        dropped = self.training and self.variant.weight_dropout
+        return self.variant is PLAIN or (self.variant.kind(self.training) == "plain" and not dropped)
 
     def _initial(self) -> State:
         return self.initial_h, self.initial_c  # type: ignore[return-value]

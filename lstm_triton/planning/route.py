@@ -20,7 +20,7 @@ from ..kernels.config import Config
 from ..kernels.forward import lstm_forward_kernel
 from ..kernels.launch import LaunchRefused, is_interpreted
 from .cudnn import Call, algorithm
-from .device import INTERPRETER, NO_DRIVER, Device, device_of, is_capturing, on_gpu, plan_without_waiting, stand_in
+from .device import INTERPRETER, NO_DRIVER, Device, device_of, on_gpu, plan_without_waiting, stand_in
 from .padding import padded_size
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
@@ -179,8 +179,11 @@ def refusal_on(target: Device | NoPlan, request: Request) -> str:
     if none is not None:
         return none.reason
     assert isinstance(target, Device)
+    hidden_size = request.hidden_size
+    if request.kind == "plain":
+        hidden_size = padded_size(hidden_size, request.directions, request.dtype, request.precision, target)
     for which in PASSES:
-        sizes = request.hidden_size, 16, request.directions
+        sizes = hidden_size, 16, request.directions
         problem = Problem(which, *sizes, request.dtype, request.precision, request.kind)
         chosen = plan_for(problem, target)
         if isinstance(chosen, NoPlan):
@@ -200,17 +203,20 @@ def slower_reason(device: torch.device, call: Call, precision: str, training: bo
     target = kernel_device(device)
     if isinstance(target, NoPlan) or strict():
         return ""
-    return slower_on(target, call, resolve_precision(precision), training, seq_len, is_capturing(device))
+    return slower_on(target, call, resolve_precision(precision), training, seq_len)
 
 
-def slower_on(target: Device, call: Call, precision: str, training: bool, seq_len: int, captured: bool = False) -> str:
-    """`slower_reason` for a GPU that need not be here. What has been measured goes before what is predicted."""
+def slower_on(target: Device, call: Call, precision: str, training: bool, seq_len: int) -> str:
+    """`slower_reason` for a GPU that need not be here. What has been measured goes before what is predicted.
+
+    A call that is captured into a CUDA graph goes the way of its warm-up, though a graph may favour the other one.
+    """
     table = active_table(target)
     if table.contests:
         contest = table.contests.get(bout_of(call, precision, training, seq_len == 1, target))
         if contest is not None:
             return "" if contest.speedup >= 1 else _measured(call, training, target, contest.speedup, table.name)
-    predicted = predict(call, target, precision, training, seq_len, captured)
+    predicted = predict(call, target, precision, training, seq_len)
     if predicted is None or not predicted.leaves_it or AUTOTUNE.read() == "on":
         return ""
     return f"nn.LSTM is {said(predicted)}"

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import Engine
 
 from lstm_triton import LSTM
+from lstm_triton.commands import tune
 from lstm_triton.explain import explain_call
 from lstm_triton.functional import stack
+from lstm_triton.planning import store
 from lstm_triton.planning.cudnn import Call
 from lstm_triton.planning.device import INTERPRETER, KNOWN
 from lstm_triton.planning.padding import padded_size
+from lstm_triton.planning.planner import plan
+from lstm_triton.planning.problem import bucket_of
+from lstm_triton.planning.route import Request, refusal_on
+from lstm_triton.planning.table import Entry
 
 H, PADDED = 5, 8
 
@@ -130,3 +137,30 @@ def test_a_device_pads_by_itself(engine: Engine) -> None:
         out, _ = module(x)
     want, _ = torch.nn.LSTM.forward(module.cpu(), x)
     torch.testing.assert_close(out, want, rtol=3e-3, atol=3e-3)
+
+
+def test_batch_invariant_steps_are_padded_like_the_sequence(sizes: list[int]) -> None:
+    """Or its bits would depend on where it is cut."""
+    module, x = LSTM(3, H, backend="triton", batch_invariant=True), torch.randn(4, 2, 3)
+    whole, _ = module(x)
+    state, steps = None, []
+    for step in x.split(1):
+        out, state = module(step, state)
+        steps.append(out)
+    assert torch.equal(torch.cat(steps), whole)
+    assert set(sizes) == {PADDED}
+
+
+def test_tables_speak_of_the_size_that_is_computed() -> None:
+    """`tune` measures what a call then asks for; and whether the kernels run is asked of it too."""
+    device = KNOWN["sm_90"]
+    problems = tune.Shape(650, 20, 1, "float32", "tf32").problems(device)
+    assert {problem.hidden_size for problem in problems} == {652}
+    entries = {
+        bucket_of(p): Entry(replace(plan(p, device).config, max_batch_tiles=0), {}, complete=True) for p in problems
+    }
+    with store.using(replace(store.new_table(device, {}), name="measured", entries=entries), device):
+        text = str(explain_call(Call(650, 650, 20, 1, 1, "float32"), device))
+    assert text.count("plan from measured, padded to H=652") == 2
+    # Here 577 units have one launch a step, and 580 need none.
+    assert refusal_on(KNOWN["sm_86"], Request("auto", "cuda", None, "float32", "tf32", 577, 2)) == ""

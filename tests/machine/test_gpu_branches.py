@@ -78,13 +78,17 @@ def auto_takes_the_kernels(machine, monkeypatch, caplog) -> None:
 
 
 @runs
-def flattening_is_asked_for_where_cudnn_runs(machine, monkeypatch, caplog) -> None:
+def flattening_is_asked_for_where_cudnn_may_run(machine, monkeypatch, caplog) -> None:
     flattened = []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: flattened.append(type(self)))
-    ours()[0].flatten_parameters()
-    assert not flattened, "kernels run"
-    LSTM(4, 16).double().flatten_parameters()
+    for options in (dict(backend="triton"), dict(peephole=True)):
+        LSTM(4, 16, **options).double().flatten_parameters()
+    assert not flattened, "only the kernels run"
+    made, x = ours()
     assert set(flattened) == {LSTM}
+    flattened.clear()
+    made(x)
+    assert not flattened, "never within a call: weights that FSDP or a graph holds would be others"
 
 
 @runs

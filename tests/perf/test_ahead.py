@@ -12,6 +12,7 @@ import torch
 from host_overhead import without_launches
 
 from lstm_triton import LSTM
+from lstm_triton.kernels import launch
 from lstm_triton.kernels.backward import lstm_backward_kernel
 from lstm_triton.kernels.forward import lstm_forward_kernel
 from lstm_triton.planning.device import KNOWN
@@ -27,6 +28,7 @@ class Cache:
         self.folder, self.patch = folder, patch
 
     def count(self) -> int:
+        self.patch.setattr(launch, "_binaries", {})
         for kernel in (lstm_forward_kernel, lstm_backward_kernel):
             self.patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
         return len(list(self.folder.glob("*/lstm_*_kernel.cubin")))

@@ -125,7 +125,7 @@ def test_the_module_takes_it(on_an_h100: None, monkeypatch: pytest.MonkeyPatch) 
     reason = module.slower(x)
     assert "predicted, not measured" in reason
     taken = []
-    monkeypatch.setattr(LSTM, "_by_cudnn", lambda self, input, hx: taken.append(input))
+    monkeypatch.setattr(LSTM, "_forward_by_torch", lambda self, input, hx: taken.append(input))
     module(x)
     assert taken == [x]
     for other in ("triton", "torch"):
@@ -154,3 +154,42 @@ def test_explain_says_what_is_predicted(on_an_h100: None) -> None:
     text = str(explain(module, torch.randn(500, 16, 256).bfloat16()))
     assert "times slower, predicted, not measured" in text
     assert MARGIN <= 1.2
+
+
+def test_what_nn_lstm_cannot_do_is_not_left_to_it(on_an_h100: None) -> None:
+    """cuDNN has no backward pass in evaluation, and aten's LSTM no vmap."""
+    module, x = LSTM(64, 64, 4).half(), torch.randn(32, 2, 64).half()
+    assert module.slower(x)
+    module.eval()
+    assert module.slower(x) == "", "who asks for gradients in evaluation"
+    with torch.no_grad():
+        assert module.slower(x)
+    frozen = LSTM(64, 64, 4).half().eval().requires_grad_(False)
+    assert frozen.slower(x)
+    assert frozen.slower(x.clone().requires_grad_()) == ""
+    asked = []
+
+    def noted(given: torch.Tensor) -> torch.Tensor:
+        asked.append(frozen.slower(given))
+        return given
+
+    torch.func.vmap(noted)(x.unsqueeze(0))
+    assert asked == [""]
+
+
+def test_explain_is_silent_where_nn_lstm_is_no_choice(on_an_h100: None) -> None:
+    x = torch.randn(500, 256, 1024)
+    for options in (
+        dict(recompute="gates"),
+        dict(precision="ieee"),
+        dict(batch_invariant=True),
+        dict(backend="triton"),
+    ):
+        text = str(explain(LSTM(1024, 1024, **options), x))
+        assert text.startswith("layer 0: triton"), options
+        assert "predicted" not in text, options
+    assert "predicted" in str(explain(LSTM(1024, 1024, precision="tf32"), x))
+
+
+def test_a_precision_means_nothing_in_16_bit(on_an_h100: None) -> None:
+    assert LSTM(64, 64, 4, precision="ieee").half().slower(torch.randn(32, 2, 64).half())

@@ -340,7 +340,6 @@ def call(**changes) -> Call:
 def test_where_nn_lstm_was_faster_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     where = torch.device("cuda")
     monkeypatch.setattr(route, "kernel_device", lambda device: H100)
-    monkeypatch.setattr(route, "is_capturing", lambda device: False)
     slow = replace(table(), name="measured")
     with store.using(slow, H100):
         reason = route.slower_reason(where, call(), "tf32", training=True, seq_len=128)
