@@ -123,12 +123,18 @@ def test_weights_of_wgmma_that_are_transposed_would_be_found(tmp_path: Path, mon
     assert misread_operands(lowered("forward", smaller, "sm_90", 64, torch.bfloat16)) == 0
 
 
+def without_places(text: str) -> list[str]:
+    """A program without the lines that say which file and line it came from."""
+    return [line for line in text.splitlines() if not line.startswith("#loc")]
+
+
 @pytest.mark.aot
 def test_layouts_are_those_of_the_binary() -> None:
     config = Config("grid", "mailbox", True, True, 4, 8, 16, 64, 4)
     text = lowered("backward", config, "sm_80", 64, torch.float16, lengths=True, reset=True)
     binary = compiler.compile_pass("backward", config, "sm_80", 64, torch.float16, lengths=True, reset=True)
-    assert binary.asm["ttgir"] == text
+    # Triton's cache may hold a binary that another checkout of the same source has compiled.
+    assert without_places(binary.asm["ttgir"]) == without_places(text)
     assert "cubin" in binary.asm, "what stops at layouts is not kept in the place of a binary"
 
 

@@ -62,7 +62,7 @@ def test_plans_of_eight_units(engine: Engine, kind: str) -> None:
     """Every one that a layer too large for this machine has by default, on a smaller layer."""
     dtype, precision = TYPES[kind]
     found: dict[str, set[Config]] = {which: set() for which in PASSES}
-    for hidden_size, batch, which in itertools.product((384, 512, 640, 768, 1024), (8, 16, 32), PASSES):
+    for hidden_size, batch, which in itertools.product((384, 512, 768, 1024), (8, 32), PASSES):
         problem = Problem(which, hidden_size, batch, 1, str(dtype).removeprefix("torch."), precision)
         config = plan(problem, KNOWN[engine.name]).config
         if config.block_h == 8:
