@@ -155,7 +155,7 @@ def results(call: Call, backend: str, dtype: torch.dtype) -> list[Tensor]:
     return [*(output.detach() for output in outputs), *grads]
 
 
-COMPILED = 8  # draws of a part that run as compiled code
+COMPILED = 5  # draws of a part that run as compiled code
 
 
 def errors(got: list[Tensor], truth: list[Tensor]) -> float:

@@ -32,14 +32,14 @@ OTHER_TYPES = ("bfloat16", "float32-tf32", "float32-tf32x3", "float32-ieee")
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Of the default plans of the report's problems, on every target, one in four; float16 on one, where it differs from
+    """Of the default plans of the report's problems, on every target, one in six; float16 on one, where it differs from
     bfloat16 in conversions alone, and of those with marks a part (`make report` has all)."""
     found = []
     part = ["--dtype", "bfloat16", "float32-tf32", "--hidden-size", "64", "128", "512", "1024", "--batch", "16", "2048"]
     for chosen in (
-        ["--inputs", "state", "--dtype", *OTHER_TYPES, "--one-in", "4"],
-        ["--inputs", "state", "--dtype", "float16", "--arch", "sm_90", "--one-in", "4"],
-        ["--inputs", "marks", *part, "--one-in", "4"],
+        ["--inputs", "state", "--dtype", *OTHER_TYPES, "--one-in", "6"],
+        ["--inputs", "state", "--dtype", "float16", "--arch", "sm_90", "--one-in", "6"],
+        ["--inputs", "marks", *part, "--one-in", "6"],
     ):
         path = tmp_path_factory.mktemp("report") / "rows.json"
         done = subprocess.run([sys.executable, REPORT, "--json", path, *chosen], capture_output=True, text=True)
@@ -50,7 +50,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_default_plans_do_not_spill_and_fit(rows: list[dict]) -> None:
     assert {row["device"]["arch"] for row in rows} == set(KNOWN)
-    assert len(rows) > 90
+    assert len(rows) > 60
     for row in rows:
         assert row["report"]["spills"] == 0, row
         assert row["report"]["copied_tiles"] == 0, row

@@ -57,9 +57,9 @@ def same_bits(results: list[Tensor], others: list[Tensor]) -> bool:
 @pytest.mark.parametrize("protocol", ["mailbox", "flags"])
 @pytest.mark.parametrize(("case", "seeds"), [(CASE, SEEDS), (NORM, SEEDS[:6])], ids=["plain", "variants"])
 def test_a_hundred_schedules_give_the_same_bits(engine: Engine, case: Case, seeds: range, protocol: str) -> None:
-    """Forward and backward, outputs and gradients; and the schedules do differ."""
+    """Forward and backward, outputs and gradients; and the schedules do differ. Compiled code runs every second one."""
     first, traces = None, set()
-    seeds = engine.share(seeds)
+    seeds = engine.share(seeds[::2] if engine.compiled else seeds)
     case = replace(case, directions=1)  # which never wait for each other
     if engine.compiled:  # where fp32 in full precision has no matrix unit, and takes three times as long
         case = replace(case, dtype=torch.float16)
