@@ -74,8 +74,13 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert rules.main(["--rows", str(tmp_path / "empty.csv")]) == 2
         assert rules.main(["--measure", str(tmp_path / "rules.csv")]) == 2
     assert capsys.readouterr().err.count("rules.py: ") == 3 - torch.cuda.is_available()
-    with pytest.raises(SystemExit):
-        rules.main(["--write"])
+    for changes in (dict(mode="forward_backward"), dict(dtype="float8")):
+        write_rows(tmp_path / "odd.csv", [replace(made({})[0], **changes)])
+        assert rules.main(["--rows", str(tmp_path / "odd.csv"), "--gpu", "sm_90"]) == 2
+        assert "unknown mode or type" in capsys.readouterr().err
+    for wrong in (["--write"], ["--measure", "a.csv", "--rows", "b.csv"]):
+        with pytest.raises(SystemExit):
+            rules.main(wrong)
 
 
 def test_every_shape_is_measured_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
