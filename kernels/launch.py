@@ -16,12 +16,13 @@ from .records import Exchange, How
 from .tiles import runs_reversed
 from .variants import PLAIN, Features
 
-Launcher = Callable[..., None]  # the signature of `run`
+Launcher = Callable[..., None]  # (kernel, recurrence, arguments), as `run`
 
 MOST_TILES = 65_535  # CUDA's limit for the second grid axis
 _TRITON = {
     torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64
 }  # fmt: skip
+NO_EXCHANGE = Exchange()
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,23 +41,27 @@ def is_interpreted(kernel: Any) -> bool:
 
 
 Grid: TypeAlias = tuple[int, int, int]
-Position: TypeAlias = dict[str, int]
+Fixed: TypeAlias = dict[str, Any]
 
 
 @lru_cache(maxsize=4096)
-def few_launches(
-    config: Config, layout: Layout, hidden_tiles: int, directions: int, backward: bool
-) -> tuple[tuple[Grid, Position], ...]:
-    """(grid, where it is) of every launch of a pass that has not one for every step."""
-    return tuple(every_launch(config, layout, hidden_tiles, directions, backward))
+def few_launches(config: Config, layout: Layout, how: How, nvidia: bool) -> tuple[tuple[Grid, Fixed], ...]:
+    """Every launch of a pass that has not one for every step."""
+    return tuple(every_launch(config, layout, how, nvidia))
 
 
-def every_launch(
-    config: Config, layout: Layout, hidden_tiles: int, directions: int, backward: bool
-) -> Iterator[tuple[Grid, Position]]:
-    for first_tile, tiles, step_begin, step_end in launches(config, layout, backward):
+def every_launch(config: Config, layout: Layout, how: How, nvidia: bool) -> Iterator[tuple[Grid, Fixed]]:
+    """(grid, arguments that both recurrences share and no tensor is in, with Triton's options) of every launch."""
+    fixed = compile_options(config, nvidia) | {
+        "batch": layout.batch,
+        "seq_len": layout.seq_len,
+        "row_stride_t": layout.stride_t,
+        "row_stride_b": layout.stride_b,
+        "how": given(how),
+    }
+    for first_tile, tiles, step_begin, step_end in launches(config, layout, how.BACKWARD):
         position = {"first_tile": first_tile, "step_begin": step_begin, "step_end": step_end}
-        yield (hidden_tiles, tiles, directions), position
+        yield (how.TILES, tiles, how.D), fixed | position
 
 
 def launches(config: Config, layout: Layout, backward: bool) -> Iterator[tuple[int, int, int, int]]:
@@ -177,17 +182,10 @@ class Recurrence(NamedTuple):
                 if buffer is not None:
                     buffer.view(_INTEGER_OF_SIZE[buffer.element_size()]).fill_(-1)
         board = board_of(exchanged.device, how.BACKWARD) if waits else None
-        shared = compile_options(config, nvidia) | {
-            "exchange": Exchange(flags, board),
-            "batch": layout.batch,
-            "seq_len": layout.seq_len,
-            "row_stride_t": layout.stride_t,
-            "row_stride_b": layout.stride_b,
-            "how": given(how),
-        }
+        exchange = Exchange(flags, board) if waits else NO_EXCHANGE
         of_pass = every_launch if config.placement == "stepwise" else few_launches
-        for grid, position in of_pass(config, layout, how.TILES, how.D, how.BACKWARD):
-            yield grid, shared | position
+        for grid, fixed in of_pass(config, layout, how, nvidia):
+            yield grid, fixed | {"exchange": exchange}
 
 
 class LaunchRefused(RuntimeError):
@@ -199,15 +197,17 @@ def on_device_of(tensor: torch.Tensor) -> torch.accelerator.device_index:
     return torch.accelerator.device_index(tensor.device.index)
 
 
-def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
-    """Launch a pass on the device of its tensors; `arguments` are the kernel's own.
+def run(
+    kernel: Any, recurrence: Recurrence, arguments: dict[str, Any], start: Callable[..., Any] | None = None
+) -> None:
+    """Launch a pass on the device of its tensors; `arguments` are the kernel's own. start: by default `looked_up`.
 
     RuntimeError in words if CUDA fails because a program has waited in vain in an earlier launch.
     """
     with on_device_of(recurrence.first_exchanged):
         for grid, shared in recurrence.calls(nvidia=torch.version.hip is None):
             try:
-                start(kernel, grid, recurrence.config, arguments | shared)
+                (start or looked_up)(kernel, grid, recurrence.config, arguments | shared)
             except RuntimeError as error:
                 if said := raised():
                     raise RuntimeError(said) from error
@@ -219,24 +219,41 @@ def run(kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
 _binaries: dict[tuple, tuple[Any, Any]] = {}  # what Triton has launched, by all that it looks a binary up by
 
 
-def start(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+def looked_up(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> Any:
     """kernel[grid](**arguments), without Triton's search for the binary from the second time on.
 
-    config: what `compile_options` follow from.
+    config: what `compile_options` follow from. Returns the binary, None if it may be another one the next time.
     """
     kinds = None
     if not is_interpreted(kernel) and not kernel.pre_run_hooks:
         kinds = _kinds(arguments[name] for name in kernel.arg_names)
     if kinds is None:
         kernel[grid](**arguments)
-        return
+        return None
     # Held apart as Triton does: by the device, which is a target where binaries are only looked up.
     key = id(kernel), triton.runtime.driver.active.get_current_device(), config, arguments["how"], kinds
     known = _binaries.get(key)
     if known is None:
-        _binaries[key] = kernel, kernel[grid](**arguments)  # with the kernel, for its id to stay its own
+        known = _binaries[key] = kernel, kernel[grid](**arguments)  # with the kernel, for its id to stay its own
     else:
         again(known[1], grid, [arguments[name] for name in kernel.arg_names])
+    return known[1]
+
+
+class Repeated:
+    """`run` for calls on one device that differ in nothing but sizes and what is in aligned tensors: by one binary."""
+
+    def __init__(self) -> None:
+        self.binary: Any = None
+
+    def __call__(self, kernel: Any, recurrence: Recurrence, arguments: dict[str, Any]) -> None:
+        run(kernel, recurrence, arguments, self._start)
+
+    def _start(self, kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+        if self.binary is None or kernel.pre_run_hooks:
+            self.binary = looked_up(kernel, grid, config, arguments)
+        else:
+            again(self.binary, grid, [arguments[name] for name in kernel.arg_names])
 
 
 def again(binary: Any, grid: Grid, arguments: list[Any]) -> None:
@@ -247,25 +264,30 @@ def again(binary: Any, grid: Grid, arguments: list[Any]) -> None:
 def _kinds(values: Iterable[Any]) -> tuple | None:
     """What Triton specialises a binary on, for aligned pointers and 32-bit integers; None if there are others."""
     found: list[Any] = []
+    return tuple(found) if _all_known(values, found.append) else None
+
+
+def _all_known(values: Iterable[Any], add: Callable[[Any], None]) -> bool:
     for value in values:
+        kind = type(value)
         if value is None:
-            found.append(None)
-        elif isinstance(value, torch.Tensor):
+            add(None)
+        elif kind is torch.Tensor or kind is torch.nn.Parameter:
             if value.data_ptr() % 16:
-                return None
-            found.append(value.dtype)
-        elif isinstance(value, How):
-            continue  # is part of the key as it is
-        elif isinstance(value, tuple):
-            inside = _kinds(value)
-            if inside is None:
-                return None
-            found.append(inside)
-        elif isinstance(value, int) and not -(2**31) <= value < 2**31:
-            return None
+                return False
+            add(value.dtype)
+        elif kind is int:
+            if not -(2**31) <= value < 2**31:
+                return False
+            add(int)
+        elif isinstance(value, tuple):  # `how` is part of the key as it is; a record's fields are always as many
+            if not isinstance(value, How) and not _all_known(value, add):
+                return False
+        elif isinstance(value, float):
+            add(float)
         else:
-            found.append(type(value))
-    return tuple(found)
+            return False
+    return True
 
 
 def _is_refusal(text: str) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .kernels.config import Config
+from .modules import path
 from .modules.cell import LSTMCell
 from .modules.lstm import LSTM
 from .planning.cost import Work, microseconds_per_step, work_per_step
@@ -112,7 +113,7 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence) -> Explanat
     theirs = replace(call, dtype=UNDER_AUTOCAST) if autocast_is_on(data.device.type) else call
     predicted = None
     if isinstance(module, LSTM) and isinstance(device, Device) and not packed and not data.is_nested:
-        asked = module.rival(data)
+        asked = path.rival(module, data)
         if asked is not None:
             rival, _, trained, seq_len = asked
             predicted = predict(rival, device, precision, trained, seq_len)

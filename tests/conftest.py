@@ -62,6 +62,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("engine", engines, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def nothing_decided_yet() -> None:
+    """What a test puts in the place of something counts for its first call, too."""
+    from lstm_triton.planning import memory
+
+    memory.forget()
+
+
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine(request.param)

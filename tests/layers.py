@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lstm_triton import LSTM
+from lstm_triton.kernels import launch
 from lstm_triton.kernels.backward import lstm_backward
 from lstm_triton.kernels.config import PLAIN_CELL, Cell, Config
 from lstm_triton.kernels.forward import lstm_forward
 from lstm_triton.layer import backward as backward_pass
 from lstm_triton.layer import forward as forward_pass
 from lstm_triton.layer.backward import operand_of, product_of
+from lstm_triton.layer.choice import Pass
 from lstm_triton.layer.forward import marks_of, projected_input, variants_of
 from lstm_triton.layer.records import DIFFERENTIABLE as INPUTS
 from lstm_triton.layer.records import WEIGHTS, Inputs, Options
-from lstm_triton.planning.planner import Plan
 from lstm_triton.reference import layer as reference
 from lstm_triton.reference.cell import CellWeights
 
@@ -275,7 +276,7 @@ def use_configs(patch: pytest.MonkeyPatch, configs: Mapping[str, Config]) -> lis
             noted.append((which, argument("config", real, *given, **options)))
             return real(*given, **options)
 
-        patch.setattr(module, "choose_plan", lambda which, *_: Plan(configs[which], "the test"))
+        patch.setattr(module, "pass_of", lambda which, *_: Pass(configs[which], launch.run))
         patch.setattr(module, f"lstm_{which}", noting)
     return noted
 

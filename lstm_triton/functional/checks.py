@@ -75,8 +75,6 @@ def check_call(
     weights: Sequence[Tensor],
     sizes: Sizes,
     batch_first: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
 ) -> None:
     """Raise the RuntimeError that aten's LSTM raises, with what was expected and what came."""
     if input.dim() != 3:
@@ -101,7 +99,12 @@ def check_call(
                     f"Input and {name} tensors are not the same dtype, found input tensor with {dtype} "
                     f"and {name} tensor with {tensor.dtype}"
                 )
+
+
+def check_marks(input: Tensor, batch_first: bool, lengths: Tensor | None, reset: Tensor | None) -> None:
+    """The same for lengths and resets."""
     if lengths is not None:
+        batch, seq_len = input.shape[:2] if batch_first else input.shape[1::-1]
         _check_lengths(lengths, batch, seq_len)
     if reset is not None:
         expected = tuple(input.shape[:2])

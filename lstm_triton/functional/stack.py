@@ -10,26 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.config import PLAIN_CELL
 from ..layer import eager, op
 from ..layer import vmap as vmap  # registers what vmap makes of the operators
 from ..layer.fallback import layer_by_pytorch, stack_by_aten
-from ..layer.records import Choices, Inputs, LayerResult
+from ..layer.records import Inputs, LayerResult
 from ..planning.device import on_gpu
-from ..planning.route import (
-    BACKENDS,
-    PRECISIONS,
-    Unusable,
-    check_choice,
-    kernel_hidden_size,
-    kernel_refusal,
-    log_once,
-    warn_once_of_the_loop,
-)
+from ..planning.memory import Memory, memory
+from ..planning.route import Unusable, log_once, warn_once_of_the_loop
 from ..planning.settings import strict
 from ..planning.transforms import aten_can, autocast_is_on, needs_gradient, without_autocast
 from ..variant import PLAIN, Variant
-from .checks import Sizes, State, check_call, check_recompute, check_states, reset_state_of
+from .checks import State, check_marks, reset_state_of
+from .decision import Decided, Marks, Stack, decide, signature_of
 from .padding import padded_layer
 from .projection import projected_layer
 from .weights import layer_weights
@@ -51,58 +43,6 @@ class States(NamedTuple):
     def map(self, change: Callable[[Tensor], Any]) -> States:
         """The same with every tensor changed."""
         return States(*(None if of_layers is None else tuple(map(change, of_layers)) for of_layers in self))
-
-
-class Marks(NamedTuple):
-    """Where rows end and begin anew; see `lstm`."""
-
-    lengths: Tensor | None = None
-    reset: Tensor | None = None
-    reset_state: State | None = None
-
-
-class Stack(NamedTuple):
-    """The options of `lstm`: how a stack is computed."""
-
-    bias: bool
-    num_layers: int
-    proj_size: int
-    dropout: float
-    training: bool
-    bidirectional: bool
-    batch_first: bool
-    return_states: Sequence[str]
-    recompute: str
-    batch_invariant: bool
-    variant: Variant
-    backend: str
-    precision: str
-    plan: str = ""
-
-    @property
-    def sizes(self) -> Sizes:
-        directions = 2 if self.bidirectional else 1
-        return Sizes(self.num_layers * directions, directions, self.proj_size, self.bias, self.variant)
-
-    def check(self) -> None:
-        """Raise what an option deserves that is none of its choices, or goes with no other."""
-        check_choice("backend", self.backend, BACKENDS)
-        if self.precision:
-            check_choice("precision", self.precision, PRECISIONS)
-        check_recompute(self.recompute)
-        check_states(self.return_states, self.recompute)
-        if not isinstance(self.variant, Variant):
-            raise TypeError(f"variant should be a Variant, got {type(self.variant).__name__}")
-        if self.proj_size:
-            self.variant.check(self.proj_size)
-
-    def choices(self, keep: str) -> Choices:
-        """The operator's."""
-        cell = self.variant.cell(self.training)
-        text = "" if cell is PLAIN_CELL or cell == PLAIN_CELL else cell.encode()
-        return Choices(
-            self.batch_first, self.bidirectional, keep, self.batch_invariant, self.precision, self.plan, text
-        )  # fmt: skip
 
 
 def lstm(
@@ -185,22 +125,35 @@ def run_stack(
     input: Tensor, hx: State | None, weights: Sequence[Tensor], stack: Stack, marks: Marks, refusal: str | None = None
 ) -> Any:
     """`lstm` by records. refusal: why the kernels do not run, where the caller has asked; None to ask here."""
-    stack.check()
+    signature = None if torch.compiler.is_compiling() else signature_of(input, hx, weights, stack, marks)
+    if signature is not None:
+        known = memory()
+        decided = known.get(signature)
+        if decided is None:
+            decided = known[signature] = decide(input, hx, weights, stack, marks, refusal)
+        return run_decided(decided, input, hx, weights, stack, marks, known=True)
     input, hx, marks, weights = _autocast(input, hx, marks, weights)
+    decided = decide(input, hx, weights, stack, marks, refusal)
+    return run_decided(decided, input, hx, weights, stack, marks, known=False)
+
+
+def run_decided(
+    decided: Decided,
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    stack: Stack,
+    marks: Marks,
+    known: bool,
+) -> Any:
+    """What has been decided of a call. known: for all calls of its signature."""
+    sizes, hidden_size, refusal, kind, padded, layers = decided
     variant, batch_first, training, device = stack.variant, stack.batch_first, stack.training, input.device
-    sizes = stack.sizes
-    check_call(input, hx, weights, sizes, batch_first, marks.lengths, marks.reset)
-    hidden_size, kind = weights[0].shape[0] // variant.gates, variant.kind(training)
-    batch, out_size = input.shape[0 if batch_first else 1], stack.proj_size or hidden_size
-    sizes_of_state = sizes.states, batch, out_size, hidden_size
-    reset_state = reset_state_of(marks.reset_state, marks.reset, input, sizes_of_state)
-    dtype = str(input.dtype).removeprefix("torch.")
-    request = stack.backend, device.type, device.index, dtype, stack.precision, hidden_size, sizes.directions, kind
-    if refusal is None:
-        refusal = kernel_refusal(*request)
-    if refusal and (stack.plan or stack.batch_invariant):
-        given = "a plan was given" if stack.plan else "batch_invariant is asked for"
-        raise RuntimeError(f"{given}, and the kernels do not run: {refusal}")
+    of_states = sizes.states, input.shape[0 if batch_first else 1], stack.proj_size or hidden_size, hidden_size
+    reset_state = lengths = None
+    if marks.lengths is not None or marks.reset is not None or marks.reset_state is not None:
+        check_marks(input, batch_first, marks.lengths, marks.reset)
+        reset_state, lengths = reset_state_of(marks.reset_state, marks.reset, input, of_states), marks.lengths
     if hx is not None:
         hx = hx[0].to(input.dtype), hx[1].to(input.dtype) if refusal else hx[1]
     if stack.recompute != "none" and not torch.is_grad_enabled():
@@ -209,20 +162,21 @@ def run_stack(
         weights = list(weights)
         for index in range(1, len(weights), len(sizes.names)):
             weights[index] = F.dropout(weights[index], variant.weight_dropout)
-    by_aten = marks.lengths is None and marks.reset is None and not stack.return_states and kind == "plain"
-    if refusal and by_aten and aten_can():
-        if stack.recompute == "none":
-            return stack_by_aten(
-                input, hx, weights, stack.bias, stack.num_layers, stack.dropout, training, stack.bidirectional,
-                batch_first, sizes_of_state,
-            )  # fmt: skip
-    elif refusal and on_gpu(device):
-        warn_once_of_the_loop(refusal)
+    by_aten = False
+    if refusal:
+        by_aten = kind == "plain" and lengths is None and marks.reset is None and not stack.return_states
+        if by_aten and aten_can():
+            if stack.recompute == "none":
+                return stack_by_aten(
+                    input, hx, weights, stack.bias, stack.num_layers, stack.dropout, training, stack.bidirectional,
+                    batch_first, of_states,
+                )  # fmt: skip
+        elif on_gpu(device):
+            warn_once_of_the_loop(refusal)
     cell = variant.cell(training)
     seeds = None
     if cell.draws:  # on the device, for CUDA graphs; both directions of a layer have the same
         seeds = torch.randint(2**62, (stack.num_layers,), device=device).repeat_interleave(sizes.directions)
-    lengths = marks.lengths
     if lengths is not None:
         lengths = lengths.to(device, torch.int64)  # once, for all layers and both passes
         # Whatever stands in the padding, NaN included, must not reach a product.
@@ -230,19 +184,18 @@ def run_stack(
 
     asked = stack.return_states
 
-    def by_kernels(v: Inputs) -> LayerResult:
-        return eager.layer(v, stack.choices(_keep(v, stack)))
+    def by_kernels(index: int, v: Inputs) -> LayerResult:
+        which = index, _keep(v, stack)
+        if which not in layers:
+            layers[which] = stack.choices(which[1]), Memory() if known else None
+        return eager.layer(v, *layers[which])
 
-    padded = hidden_size
-    if not refusal and kind == "plain" and not stack.plan and hidden_size * input.element_size() % 16:
-        seq_len = input.shape[1 if batch_first else 0]
-        if seq_len > 1 or stack.batch_invariant:  # whose bits do not depend on where a sequence is cut
-            padded = kernel_hidden_size(*request)
-
-    def run(v: Inputs) -> LayerResult:
+    def run(index: int, v: Inputs) -> LayerResult:
         if not refusal:
             try:
-                return by_kernels(v) if padded == hidden_size else padded_layer(by_kernels, v, padded, asked)
+                if padded == hidden_size:
+                    return by_kernels(index, v)
+                return padded_layer(partial(by_kernels, index), v, padded, asked)
             except Unusable as error:  # a call like this one is refused from now on
                 if stack.backend == "triton" or strict() or stack.plan or stack.batch_invariant:
                     raise
@@ -263,10 +216,10 @@ def run_stack(
             seed=None if seeds is None else seeds[of_layer],
         )  # fmt: skip
         if w_hr is None:
-            result = run(v)
+            result = run(index, v)
         else:
             project = partial(op.linear, precision=stack.precision) if stack.batch_invariant else F.linear
-            result = projected_layer(run, v, w_hr, batch_first, project)
+            result = projected_layer(partial(run, index), v, w_hr, batch_first, project)
         results.append(result)
         input = result.out
         if stack.dropout and training and index < stack.num_layers - 1:

@@ -14,7 +14,7 @@ from ..kernels.activate import activate
 from ..kernels.backward import lstm_backward
 from ..kernels.variants import Gradients, Variants
 from ..reference.cell import norm_gates
-from .choice import choose_plan
+from .choice import Pass, pass_of
 from .forward import aligned, input_mask, marks_of, projected, projected_input, ready, variants_of
 from .records import Cotangents, Inputs, Kept, Options
 from .sequence import (
@@ -79,10 +79,14 @@ def backward(
     kept: Kept,
     given: Cotangents,
     wanted: Mapping[str, bool],
+    known: Pass | None = None,
 ) -> dict[str, Tensor]:
-    """The wanted gradients by name, in types of our own: sums over steps may come in the compute type."""
+    """The wanted gradients by name, in types of our own: sums over steps may come in the compute type.
+
+    known: how a call like this one has been run.
+    """
     layout, (out, gates, cells, stats) = options.layout(v.x), kept
-    config = choose_plan("backward", v, options).config
+    config, launch = known or pass_of("backward", v, options)
     lengths, reset = marks_of(v, layout)
     variants, operand, product = variants_of(v, options), None, None
     # What the products have read is a view of `out`, or has to be put together.
@@ -112,6 +116,7 @@ def backward(
         variants=variants,
         product=product,
         stats=None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
+        launch=launch,
     )
     of_product = found.dgates if found.dproduct is None else found.dproduct
     grads = _weight_gradients(v, options, found, of_product, operand, product, stats, wanted)

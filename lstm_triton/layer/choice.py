@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ..kernels.config import PLAIN_CELL, Cell, Layout
+from ..kernels.config import PLAIN_CELL, Cell, Config, Layout
+from ..kernels.launch import Launcher, Repeated
 from ..planning import planner
 from ..planning.device import on_gpu
 from ..planning.planner import NoPlan, Plan, plan_single
@@ -12,6 +15,14 @@ from ..planning.problem import INVARIANT_BATCH, Problem, bucket_of_batch
 from ..planning.route import Unusable, kernel_device, plan_for, wrong_configs
 from ..planning.settings import AUTOTUNE
 from .records import Inputs, Options
+
+
+class Pass(NamedTuple):
+    """How calls with tensors of the same kinds run one pass: by this config, and once launched by its binary."""
+
+    config: Config
+    launch: Launcher
+
 
 GIVEN = "the call"  # where a plan came from that an argument gave
 
@@ -61,6 +72,11 @@ def kind_of(v: Inputs, cell: Cell) -> str:
     if v.gain_hh is not None:
         return "norm" if plain else "norm+"
     return "plain" if plain else "variant"
+
+
+def pass_of(which: str, v: Inputs, options: Options) -> Pass:
+    """`choose_plan`, to be kept for calls like this one."""
+    return Pass(choose_plan(which, v, options).config, Repeated())
 
 
 def choose_plan(which: str, v: Inputs, options: Options) -> Plan:

@@ -36,21 +36,28 @@ _found: dict[tuple[Path, str], str] = {}  # complaints about configs in this pro
 logger = logging.getLogger("lstm_triton")
 
 
-def ensure_forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None) -> None:
+def ensure_forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None) -> bool:
     """Have the planner's config of a forward pass compared, to `save` also that of the pass back; leave out wrong ones.
 
-    `route.Unusable` if none is left.
+    Returns whether that is settled for calls like this one. `route.Unusable` if none is left.
     """
-    if _to_be_compared(v) and _ensure(Pass("forward", v, options, save, c_dtype)) and save:
+    if not _to_be_compared(v):
+        return True
+    one = Pass("forward", v, options, save, c_dtype)
+    if _ensure(one) and save:
         # What is wrong with the pass back is best known while the call can still go another way.
         wanted = dict.fromkeys(comparison.DIFFERENTIABLE, True)
         _ensure(Pass("backward", v, options, given=Cotangents(v.x, None, None), wanted=wanted))
+    return _call_of(one) in _settled
 
 
-def ensure_backward(v: Inputs, options: Options, given: Cotangents, wanted: Mapping[str, bool]) -> None:
+def ensure_backward(v: Inputs, options: Options, given: Cotangents, wanted: Mapping[str, bool]) -> bool:
     """The same of a backward pass with these gradients given."""
-    if _to_be_compared(v):
-        _ensure(Pass("backward", v, options, given=given, wanted=wanted))
+    if not _to_be_compared(v):
+        return True
+    one = Pass("backward", v, options, given=given, wanted=wanted)
+    _ensure(one)
+    return _call_of(one) in _settled
 
 
 def _to_be_compared(v: Inputs) -> bool:
@@ -60,8 +67,7 @@ def _to_be_compared(v: Inputs) -> bool:
 def _ensure(one: Pass) -> bool:
     """Whether such a call is new in this process."""
     v, options, batch = one.v, one.options, one.options.layout(one.v.x).batch
-    binary = _binary(one)
-    call = v.x.device, bucket_of_batch(batch), options.batch_invariant, options.plans, binary
+    call, binary = _call_of(one), _binary(one)
     if call in _settled:
         return False
     device = kernel_device(v.x.device)
@@ -94,6 +100,12 @@ def _ensure(one: Pass) -> bool:
         leave_out(problem_of(one.which, v, options, batch), device, plan.config, complaint)
     _settled.add(call)
     return True
+
+
+def _call_of(one: Pass) -> tuple[Hashable, ...]:
+    v, options = one.v, one.options
+    batch = bucket_of_batch(options.layout(v.x).batch)
+    return v.x.device, batch, options.batch_invariant, options.plans, _binary(one)
 
 
 def _binary(one: Pass) -> tuple[Hashable, ...]:

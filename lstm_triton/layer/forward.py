@@ -15,7 +15,7 @@ from ..kernels.matmul import matmul
 from ..kernels.variants import PLAIN, Variants
 from ..reference.cell import norm_gates
 from ..reference.masks import INPUT, RECURRENT
-from .choice import choose_plan, fits_one_launch
+from .choice import Pass, fits_one_launch, pass_of
 from .records import Inputs, Options, Results
 
 
@@ -107,10 +107,12 @@ def projected(x: Tensor, w_ih: Tensor, bias: Tensor | None, options: Options) ->
     return flat.view(rows, sets, gate_size)
 
 
-def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None) -> Results:
-    """The layer; cells and stats are kept only to `save`."""
+def forward(
+    v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None = None, known: Pass | None = None
+) -> Results:
+    """The layer; cells and stats are kept only to `save`. known: how a call like this one has been run."""
     layout = options.layout(v.x)
-    config = choose_plan("forward", v, options).config
+    config, launch = known or pass_of("forward", v, options)
     gates = projection = None
     if config.placement != "single" or not fits_one_launch(v, options, layout):
         gates = projected_input(v, options)
@@ -135,6 +137,7 @@ def forward(v: Inputs, options: Options, save: bool, c_dtype: torch.dtype | None
         c_dtype=c_dtype,
         projection=projection,
         variants=variants_of(v, options),
+        launch=launch,
     )
     # Not a view for autograd: one could not be changed in place (`_unsafe_view` is what aten's matmul returns).
     out = torch.ops.aten._unsafe_view(out, [*v.x.shape[:2], out.shape[1] * out.shape[2]])

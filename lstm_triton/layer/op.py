@@ -42,6 +42,7 @@ from ..kernels.alarm import raised
 from ..kernels.config import compute_dtype
 from ..kernels.launch import LaunchRefused
 from ..kernels.matmul import matmul
+from ..planning.memory import Memory
 from ..planning.precision import matmul_precision, resolve_precision
 from ..planning.route import Unusable, warn_once_of_the_loop, without_waiting
 from ..planning.transforms import grads_are_batched, without_autocast
@@ -68,36 +69,39 @@ def compute_layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     return layer_by_kernels(v, options)
 
 
-def layer_by_kernels(v: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def layer_by_kernels(
+    v: Inputs, options: Options, memory: Memory | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the operator gives, where it has been decided that the kernels run: empty tensors for what is not kept."""
-    found, nothing = by_kernels(v, options), v.x.new_empty(0)
+    found, nothing = by_kernels(v, options, memory), v.x.new_empty(0)
     return *found[:3], *(nothing.clone() if tensor is None else tensor for tensor in found[3:])  # type: ignore[return-value]
 
 
-def by_kernels(v: Inputs, options: Options) -> Results:
+def by_kernels(v: Inputs, options: Options, memory: Memory | None = None) -> Results:
     """A layer by the kernels: out, h_n, c_n and what `keep` says.
 
     Casts are done. Where the device refuses a launch whose programs wait for each other, the pass is computed anew
-    without such; what CUDA says of a wait in vain is said in words.
+    without such; what CUDA says of a wait in vain is said in words. memory: of calls with these options and tensors of
+    these kinds, which are settled by the first of them.
     """
-    return _on_kernels(v, _keeping, v, options)
+    return _on_kernels(v, memory, lambda memory: _keeping(v, options, memory))
 
 
-def _on_kernels(v: Inputs, run: Callable[..., Result], *arguments: Any) -> Result:
+def _on_kernels(v: Inputs, memory: Memory | None, run: Callable[[Memory], Result]) -> Result:
     try:
         with without_autocast(v.x.device.type):
             try:
-                return run(*arguments)
+                return run(memory if memory is not None and memory.stands else Memory())
             except LaunchRefused as refused:
                 without_waiting(v.x.device, refused)
-            return run(*arguments)
+            return run(Memory())
     except RuntimeError as error:
         if said := raised():
             raise RuntimeError(said) from error
         raise
 
 
-def _keeping(v: Inputs, options: Options) -> Results:
+def _keeping(v: Inputs, options: Options, memory: Memory) -> Results:
     (kind, size), c_dtype = options.keep, options.c_dtype(v.x)
     if size:
         return Results(*windows.forward(v, options, size, True, c_dtype), None)
@@ -107,9 +111,14 @@ def _keeping(v: Inputs, options: Options) -> Results:
             out, h_n, c_n, _, _ = windows.forward(v, options, size, False, c_dtype)
             return Results(out, h_n, c_n, None, None, None)
     save = kind != "nothing"
-    first_use.ensure_forward(v, options, save, c_dtype)
+    known = memory.get("forward")
+    if known is None:
+        settled = first_use.ensure_forward(v, options, save, c_dtype)
+        known = forward_pass.pass_of("forward", v, options)
+        if settled:
+            memory["forward"] = known
     with matmul_precision(v.x.dtype, options.precision):
-        found = forward_pass.forward(v, options, save, c_dtype)
+        found = forward_pass.forward(v, options, save, c_dtype, known)
     return found if kind == "all" else found._replace(gates=None)
 
 
@@ -142,22 +151,28 @@ def _(*arguments):
     return out, h_n, c_n, gates, x.new_empty(0 if kind == "nothing" else (*rows, hidden_size)), stats
 
 
-def compute_layer_backward(*arguments: Any) -> list[Tensor]:
+def compute_layer_backward(*arguments: Any, memory: Memory | None = None) -> list[Tensor]:
     """Of `Cotangents`, `Inputs`, `Kept`, `Choices` and which are wanted of `records.DIFFERENTIABLE`: these gradients,
-    in that order and in the types of their inputs."""
+    in that order and in the types of their inputs. memory: see `by_kernels`."""
     given, v, kept, choices, wanted = read(arguments, Cotangents, Inputs, Kept, Choices)
     options, asked = choices.options(), dict(zip(DIFFERENTIABLE, wanted))
 
-    def run() -> dict[str, Tensor]:
+    def run(memory: Memory) -> dict[str, Tensor]:
         if options.keep.size:
             return windows.backward(v, options, kept.gates, kept.cells, given, asked)
-        first_use.ensure_backward(v, options, given, asked)
+        call = "backward", *(None if tensor is None else tensor.dtype for tensor in given), *wanted
+        known = memory.get(call)
+        if known is None:
+            settled = first_use.ensure_backward(v, options, given, asked)
+            known = backward_pass.pass_of("backward", v, options)
+            if settled:
+                memory[call] = known
         with matmul_precision(v.x.dtype, options.precision):
             again = options.keep.kind == "cells"
             gates = backward_pass.recomputed_gates(v, options, kept.out, kept.cells) if again else kept.gates
-            return backward_pass.backward(v, options, kept._replace(gates=gates), given, asked)
+            return backward_pass.backward(v, options, kept._replace(gates=gates), given, asked, known)
 
-    found = _on_kernels(v, run)
+    found = _on_kernels(v, memory, run)
     return [found[name].to(getattr(v, name).dtype) for name in DIFFERENTIABLE if asked[name]]
 
 
@@ -189,17 +204,24 @@ def setup_context(ctx, inputs, output) -> None:
 
 
 def gradients(
-    ctx, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], run: Callable[..., list[Tensor]]
+    ctx,
+    saved: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    run: Callable[..., list[Tensor]],
 ) -> tuple[Tensor | None, ...]:
-    """Those of all arguments of a layer. saved: ctx's tensors; run: `compute_layer_backward`, or its operator."""
+    """Those of all arguments of a layer, where they are needed.
+
+    saved: ctx's tensors; run: `compute_layer_backward`, or its operator.
+    """
     choices, (v, kept) = ctx.choices, read(saved, Inputs, Kept)
     if choices.keep == "nothing":
         raise RuntimeError('lstm_triton::layer was called with keep="nothing": there is nothing to go back through')
-    needed = dict(zip(Inputs._fields, ctx.needs_input_grad))
-    wanted = [needed[name] for name in DIFFERENTIABLE]
+    by_name = dict(zip(Inputs._fields, needed))
+    wanted = [by_name[name] for name in DIFFERENTIABLE]
     given = Cotangents(*cotangents[:-1])  # the moments of layer normalisation are constants
     if all(cotangent is None for cotangent in given):
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * len(needed)
     if torch.is_grad_enabled():  # create_graph=True
         found = gradients_with_a_graph(given, v, choices.options(), wanted)
     elif grads_are_batched():
@@ -219,7 +241,8 @@ def gradients(
 
 
 layer.register_autograd(
-    lambda ctx, *cotangents: gradients(ctx, ctx.saved_tensors, cotangents, layer_backward), setup_context=setup_context
+    lambda ctx, *cotangents: gradients(ctx, ctx.saved_tensors, cotangents, ctx.needs_input_grad, layer_backward),
+    setup_context=setup_context,
 )
 
 

@@ -11,14 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..functional import States
 from ..functional.checks import State, check_options, check_pair, of_type
-from ..functional.stack import Marks, Stack, run_stack
-from ..planning.cudnn import UNDER_AUTOCAST, Call
+from ..functional.decision import Marks
+from ..functional.stack import run_decided, run_stack
 from ..planning.device import on_gpu
-from ..planning.precision import resolve_precision
 from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, slower_reason
-from ..planning.transforms import aten_can, autocast_is_on, exporting, untraced
+from ..planning.transforms import aten_can, exporting, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
+from .path import Call, rival, stack_of
 from .weights import add_weights, check_start, fill_own
 
 
@@ -159,39 +159,8 @@ class LSTM(nn.RNNBase):
         By the tuned table of the GPU, else by a prediction (`planning/prediction.py`), so it depends on the shape of
         the input, [T, B, I] or [B, T, I].
         """
-        asked = self.rival(input, hx)
+        asked = rival(self, input, hx)
         return "" if asked is None else slower_reason(input.device, *asked)
-
-    def rival(self, input: Tensor, hx: State | None = None) -> tuple[Call, str, bool, int] | None:
-        """The call as nn.LSTM could do it on a GPU: itself, precision, whether it is trained, T; else None.
-
-        Of projections nothing is known. cuDNN has no backward pass in evaluation, no vmap, and its own types.
-        """
-        if self.backend != "auto" or not on_gpu(input.device) or input.dim() not in (2, 3) or self.proj_size:
-            return None
-        dropped = self.training and self.variant.weight_dropout
-        if self.batch_invariant or self.recompute != "none" or dropped or not aten_can():
-            return None
-        if self.variant.kind(self.training) != "plain" or not self._computed_alike(input):
-            return None
-        tensors: list[Any] = [input, *(hx or ()), *self._flat_weights]
-        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if trained and not self.training:
-            return None
-        sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
-        seq_len, batch = sizes[::-1] if self.batch_first and input.dim() == 3 else sizes
-        dtype = compute_dtype(input.device.type, self._flat_weights[0].dtype)  # type: ignore[union-attr]
-        directions = 2 if self.bidirectional else 1
-        call = Call(self.input_size, self.hidden_size, batch, self.num_layers, directions, dtype)
-        return call, self.precision or "", trained, seq_len
-
-    def _computed_alike(self, input: Tensor) -> bool:
-        """Whether nn.LSTM would compute in the same type and precision, and so give results of the same kind."""
-        kind = input.device.type
-        if autocast_is_on(kind) and str(torch.get_autocast_dtype(kind)) != f"torch.{UNDER_AUTOCAST}":
-            return False
-        of_float32 = self._flat_weights[0].dtype == torch.float32  # type: ignore[union-attr]
-        return not (of_float32 and self.precision) or self.precision == resolve_precision("")
 
     def forward(
         self,
@@ -231,14 +200,27 @@ class LSTM(nn.RNNBase):
                 reset_state = self._initial()
         plain = unmarked and not return_states and not nested and self._is_plain()
         alone = plain and by_torch_alone(self.backend, data.device)
-        refusal = "" if alone else self.refusal(data)
         compiling = torch.compiler.is_compiling()
+        marks = Marks(lengths, reset, reset_state)
+        call = None
+        if not (alone or compiling or packed or nested or self.learn_initial_state):
+            call = Call.of(self, data, hx, marks, return_states)
+        if call is not None:
+            path = call.memory.get(call.key)
+            if path == "torch":
+                return self._forward_by_torch(data, of_type(hx, data.dtype))
+            if path == "kernels" and (decided := call.memory.get(call.signature)) is not None:
+                output, h_n, c_n, *states = run_decided(decided, data, hx, call.weights, call.stack, marks, known=True)
+                return output, (h_n, c_n), *states
+        refusal = "" if alone else self.refusal(data)
         traced = compiling and not exporting()
         if plain and (alone or refusal) and aten_can():
             if hx is not None:
                 hx = of_type(hx, data.dtype)
             if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
                 return untraced(nn.LSTM.forward, self, input, hx)
+            if call is not None:
+                call.memory[call.key] = "torch"
             return self._forward_by_torch(input, hx)
         if alone:  # a transform that aten lacks
             refusal = self.refusal(data)
@@ -249,8 +231,13 @@ class LSTM(nn.RNNBase):
                 return untraced(LSTM._forward_packed, self, input, hx, return_states, refusal)
             return self._forward_packed(input, hx, return_states, refusal)  # type: ignore[arg-type]
         if plain and not compiling and self.slower(data, hx):
+            if call is not None:
+                call.memory[call.key] = "torch"
             return self._forward_by_torch(data, of_type(hx, data.dtype))
-        return self._forward_padded(data, hx, Marks(lengths, reset, reset_state), return_states, refusal)
+        results = self._forward_padded(data, hx, marks, return_states, refusal)
+        if call is not None:
+            call.memory[call.key] = "kernels"
+        return results
 
     def _is_plain(self) -> bool:
         """Whether nn.LSTM computes the same."""
@@ -341,9 +328,5 @@ class LSTM(nn.RNNBase):
         return_states: Sequence[str],
         refusal: str,
     ) -> Any:
-        asked = return_states if isinstance(return_states, str) else tuple(return_states)
-        stack = Stack(
-            self.bias, self.num_layers, self.proj_size, self.dropout, self.training, self.bidirectional, batch_first,
-            asked, self.recompute, self.batch_invariant, self.variant, self.backend, self.precision or "",
-        )  # fmt: skip
-        return run_stack(input, hx, self._flat_weights, stack, marks, refusal)  # type: ignore[arg-type]
+        weights: Any = self._flat_weights
+        return run_stack(input, hx, weights, stack_of(self, batch_first, return_states), marks, refusal)

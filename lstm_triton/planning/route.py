@@ -21,6 +21,7 @@ from ..kernels.forward import lstm_forward_kernel
 from ..kernels.launch import LaunchRefused, is_interpreted
 from .cudnn import Call, algorithm
 from .device import INTERPRETER, NO_DRIVER, Device, device_of, on_gpu, plan_without_waiting, stand_in
+from .memory import forget
 from .padding import padded_size
 from .planner import NoPlan, Plan, plan, refusal
 from .precision import resolve_precision
@@ -95,6 +96,7 @@ def leave_out(problem: Problem, device: Device, config: Config, complaint: str) 
     if config not in known:
         _wrong[device, replace(problem, batch=0)] = known | {config}
         _refusal.cache_clear()
+        forget()
         logger.warning(
             "a config is left out: it does not do on this GPU what it should. Please report it, with what `python -m "
             "lstm_triton doctor` prints: %s pass, %s, %s: %s",
@@ -105,6 +107,7 @@ def leave_out(problem: Problem, device: Device, config: Config, complaint: str) 
 def without_waiting(device: torch.device, refused: LaunchRefused) -> None:
     """After a cooperative launch that the device has refused: plan without such launches; one warning."""
     plan_without_waiting(device)
+    forget()
     logger.warning(
         "%s has refused a launch whose programs wait for each other (%s): from now on there are none, and large layers "
         "are slower. LSTM_TRITON_COOPERATIVE=0 says so from the start", device, refused,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ CHECK = Variable(
 VARIABLES = (AUTOTUNE, CACHE_DIR, CHECK, COOPERATIVE, STRICT)
 PREFIX = CACHE_DIR.name.removesuffix("CACHE_DIR")
 OF_SCRIPTS = ("COMMIT", "LIMITS", "REHEARSAL")  # with that prefix; perf/ reads these
+
+
+_NAMES = [os.fsencode(variable.name) for variable in VARIABLES]
+_get = os.environb.get if os.supports_bytes_environ else lambda name: os.environ.get(os.fsdecode(name))
+
+
+def as_they_are() -> tuple[Any, ...]:
+    """All values, unread: to be compared with what they were."""
+    return tuple(map(_get, _NAMES))
 
 
 def misspelt() -> list[str]:

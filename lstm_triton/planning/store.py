@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .device import Device
+from .memory import forget
 from .problem import Bucket
 from .settings import AUTOTUNE, CACHE_DIR, cache_dir
 from .table import NO_TABLE, Entry, Table, TableError, kernels_hash, load, parse
@@ -49,12 +50,14 @@ def using(table: Table, device: Device) -> Iterator[None]:
     """Within the block, plans for the device come from this table."""
     before = _IN_USE.get(device)
     _IN_USE[device] = table
+    forget()
     try:
         yield
     finally:
         del _IN_USE[device]
         if before is not None:
             _IN_USE[device] = before
+        forget()
 
 
 @lru_cache(maxsize=64)
@@ -107,6 +110,7 @@ def keep(bucket: Bucket, entry: Entry, device: Device) -> None:
         logger.warning("the tuned table is not written, what was tuned is kept for this process only: %s", problem)
         _IN_USE[device] = replace(new_table(device, {}), entries=added).over(active_table(device))
     _found.cache_clear()
+    forget()
 
 
 def is_shared() -> bool:

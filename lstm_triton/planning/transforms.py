@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def transformed() -> bool:
 
 def grads_are_batched() -> bool:
     """Whether is_grads_batched=True, or jacobian(vectorize=True), is going back: by a vmap that is not torch.func's."""
+    return _has_vmap_mode(torch._C._dispatch_tls_local_include_set().raw_repr())
+
+
+@cache
+def _has_vmap_mode(keys: int) -> bool:
+    """Of the dispatch keys that are included now: to look one up by its name takes long."""
     return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 

@@ -12,7 +12,7 @@ from engines import Engine
 from lstm_triton import LSTM
 from lstm_triton.commands import tune
 from lstm_triton.explain import explain_call
-from lstm_triton.functional import stack
+from lstm_triton.functional import decision, stack
 from lstm_triton.planning import store
 from lstm_triton.planning.cudnn import Call
 from lstm_triton.planning.device import INTERPRETER, KNOWN
@@ -30,11 +30,11 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every plain layer is padded to 8 units; the hidden sizes that the kernels then have."""
     seen: list[int] = []
     real = stack.eager.layer
-    monkeypatch.setattr(stack, "kernel_hidden_size", lambda *request: PADDED)
+    monkeypatch.setattr(decision, "kernel_hidden_size", lambda *request: PADDED)
 
-    def noted(v, choices):
+    def noted(v, *known):
         seen.append(v.w_hh.shape[2])
-        return real(v, choices)
+        return real(v, *known)
 
     monkeypatch.setattr(stack.eager, "layer", noted)
     return seen

@@ -100,8 +100,9 @@ def test_a_binary_is_looked_up_once(engine: Engine, monkeypatch: pytest.MonkeyPa
 def test_what_binaries_are_told_apart_by() -> None:
     buffer = torch.zeros(64, dtype=torch.float16)
     state = State(buffer, None)
-    assert launch._kinds([buffer, None, 3, 0.5, state]) == (torch.float16, None, int, float, (torch.float16, None))
+    assert launch._kinds([buffer, None, 3, 0.5, state]) == (torch.float16, None, int, float, torch.float16, None)
     assert launch._kinds([buffer.float(), state]) != launch._kinds([buffer, state])
     assert launch._kinds([buffer[1:]]) is None, "Triton compiles anew for a pointer that is not aligned"
     assert launch._kinds([State(None, buffer[1:])]) is None
     assert launch._kinds([2**31]) is None, "and for a wider integer"
+    assert launch._kinds(["text"]) is None, "of what is unknown nothing is known"
