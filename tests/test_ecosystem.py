@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from lstm_triton import LSTM
+from lstm_triton import LSTM, LSTMCell
 
 BACKENDS = ["auto", "triton"]
 pytestmark = [
@@ -414,3 +414,57 @@ def test_wrong_checkpoints_are_refused_as_by_nn_lstm(backend: str) -> None:
                 module.load_state_dict(wrong)
             messages.append(str(error.value))
         assert messages[0] == messages[1]
+
+
+class Model(nn.Module):
+    def __init__(self, lstm: nn.Module) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        out, (h_n, _) = self.lstm(x) if lengths is None else self.lstm(x, lengths=lengths)
+        return out.sum() + h_n.sum()
+
+
+def test_torch_fx(backend: str) -> None:
+    """A leaf, as nn.LSTM is: one node, which computes what the module does."""
+    theirs, ours = (torch.fx.symbolic_trace(Model(module), {"lengths": None}) for module in pair(backend, 3, 4))
+    assert [node.op for node in ours.graph.nodes] == [node.op for node in theirs.graph.nodes]
+    torch.testing.assert_close(ours(batch()), theirs(batch()))
+    marked = torch.fx.symbolic_trace(Model(ours.lstm))
+    lengths = torch.tensor([4, 2])
+    assert torch.equal(marked(batch(), lengths), Model(ours.lstm)(batch(), lengths))
+
+
+def test_torch_fx_traces_a_cell(backend: str) -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = LSTMCell(3, 4, backend=backend)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, c = self.cell(x)
+            return h + self.cell(x, (h, c))[0]
+
+    module = Step()
+    traced, x = torch.fx.symbolic_trace(module), torch.randn(2, 3)
+    assert sum(node.op == "call_module" for node in traced.graph.nodes) == 2
+    assert torch.equal(traced(x), module(x))
+
+
+def test_gradients_of_samples(backend: str) -> None:
+    """`call_for_per_sample_grads` is PyTorch's, for PyTorch's own LSTM alone: its path, or an error that says so."""
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    found = []
+    for lstm in pair(backend, 3, 4, batch_first=True):
+        model = Model(lstm)
+        call = call_for_per_sample_grads(model, batch_size=4, loss_reduction="sum")
+        x = batch().requires_grad_()  # nn.LSTM then takes no oneDNN, for which there is no rule
+        if isinstance(lstm, LSTM) and backend == "triton":
+            with pytest.raises(RuntimeError, match="per-sample gradients"):
+                call(x)
+            return
+        call(x).backward()
+        found.append([parameter.grad_sample for parameter in model.parameters()])
+    assert_close(found[1], found[0])

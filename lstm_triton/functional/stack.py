@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from ..layer import eager, op
 from ..layer import vmap as vmap  # registers what vmap makes of the operators
+from ..layer.export import layer_for_onnx
 from ..layer.fallback import layer_by_pytorch, stack_by_aten
 from ..layer.records import Inputs, LayerResult
 from ..planning.device import on_gpu
 from ..planning.memory import Memory, memory
-from ..planning.route import Unusable, log_once, warn_once_of_the_loop
+from ..planning.route import Unusable, has_kernels, log_once, warn_once_of_the_loop
 from ..planning.settings import strict
-from ..planning.transforms import aten_can, autocast_is_on, needs_gradient, without_autocast
+from ..planning.transforms import aten_can, autocast_is_on, exporting, needs_gradient, without_autocast
 from ..variant import PLAIN, Variant
 from .checks import State, check_marks, reset_state_of
 from .decision import Decided, Marks, Stack, decide, signature_of
@@ -188,10 +189,16 @@ def run_decided(
         which = index, _keep(v, stack)
         if which not in layers:
             layers[which] = stack.choices(which[1]), Memory() if known else None
+        if torch.onnx.is_in_onnx_export() and exporting():
+            return layer_for_onnx(v, layers[which][0])
         return eager.layer(v, *layers[which])
 
+    # What a compiler traces would be as long as the sequence: the operator computes the same loop.
+    traced = torch.compiler.is_compiling() and not exporting()
+    opaque = traced and bool(refusal) and not by_aten and not has_kernels(device)
+
     def run(index: int, v: Inputs) -> LayerResult:
-        if not refusal:
+        if not refusal or opaque:
             try:
                 if padded == hidden_size:
                     return by_kernels(index, v)

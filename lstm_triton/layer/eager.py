@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,9 @@ class LSTMLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         saved = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        run: Any = op.layer_backward
         if unobserved((*cotangents, *saved)):
             run = partial(op.compute_layer_backward, memory=ctx.memory)
-        else:
-            run = op.layer_backward
         return None, *op.gradients(ctx, saved, cotangents, ctx.needs_input_grad[1:], run)
 
 

@@ -1,6 +1,6 @@
 """Exported programs without our operators: for exporters and runtimes that know nothing of Triton.
 
-    program = torch.export.export(model, (x,), dynamic_shapes=...)  # under torch.no_grad()
+    program = torch.export.export(model, (x,), dynamic_shapes=...)
     program = program.run_decompositions(lstm_triton.decompositions())
 
 Without `decompositions` the program holds our operators, and runs wherever `lstm_triton` is imported: by the kernels
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..reference import layer as reference
 from . import op as op  # registers the operators
-from .records import Choices, Inputs, read
+from .fallback import by_steps
+from .records import Choices, Inputs, LayerResult, read
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -33,15 +34,16 @@ def _layer(*arguments: Any) -> tuple[Tensor, ...]:
     options = choices.options()
     if options.batch_invariant:
         raise RuntimeError("batch_invariant has no decomposition: no other GEMM promises it")
-    if options.keep.kind != "nothing":
-        raise RuntimeError("only an inference program has a decomposition: export under torch.no_grad()")
     from torch._higher_order_ops.scan import scan
 
     loop = scan if options.layout(v.x).seq_len != 1 else reference._loop
     # Numbers of the cell are constants: TorchDynamo would make inputs of those that differ from an earlier program's.
     with torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False):
-        results = reference.ensemble_forward(
-            v, batch_first=options.batch_first, bidirectional=options.bidirectional, cell=options.cell, loop=loop
-        )
-    nothing = v.x.new_zeros(0)
-    return (*(tensor.contiguous() for tensor in results[:3]), nothing, nothing.clone(), nothing.clone())
+        return by_steps(v, options, loop)
+
+
+def layer_for_onnx(v: Inputs, choices: Choices) -> LayerResult:
+    """The same at once: `torch.onnx.export` knows no operator of ours, and asks nobody for decompositions."""
+    # Without a gradient, of which a `scan` would make a program of its own.
+    given = (None if tensor is None else tensor.detach() for tensor in v)
+    return LayerResult(*_layer(*given, *choices)[:5])

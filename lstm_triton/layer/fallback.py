@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.config import PLAIN_CELL, Cell
+from ..kernels.config import PLAIN_CELL, Cell, compute_dtype
 from ..planning.device import on_gpu
 from ..planning.route import warn_once_of_the_loop
 from ..planning.transforms import transformed
@@ -34,6 +36,32 @@ def without_kernels(
         if v.bias is not None:
             weights += [v.bias[index], torch.zeros_like(v.bias[index])]
     return torch._VF.lstm(v.x, state, weights, v.bias is not None, 1, 0.0, training, bidirectional, batch_first)
+
+
+def layer_without_kernels(v: Inputs, options: Options) -> tuple[Tensor, ...]:
+    """What `op.layer` gives. What is kept for the backward pass alone is empty: that computes everything again."""
+    if options.keep.kind == "nothing":
+        found = without_kernels(v, options.batch_first, options.bidirectional, options.cell)
+        return *found, *(v.x.new_empty(0) for _ in range(3))
+    return by_steps(v, options)
+
+
+def by_steps(v: Inputs, options: Options, loop: Callable[..., Any] = reference._loop) -> tuple[Tensor, ...]:
+    """The same by the specification. loop: over the steps."""
+    kind, size = options.keep
+    results = reference.ensemble_forward(
+        v, batch_first=options.batch_first, bidirectional=options.bidirectional, cell=options.cell, loop=loop
+    )
+    out, h_n, c_n, gates, cells = (tensor.contiguous() for tensor in results)
+    compute, nothing = compute_dtype(v.x.dtype), v.x.new_zeros(0)
+    if kind == "nothing":
+        return out, h_n, c_n, nothing, nothing.clone(), nothing.clone()
+    if size:  # borders of windows
+        layout = options.layout(v.x)
+        at_h = h_n.new_zeros((-(-layout.seq_len // size), *h_n.shape))
+        return out, h_n, c_n, at_h, at_h.to(compute, copy=True), nothing
+    stats = nothing if v.gain_hh is None else v.x.new_zeros((*cells.shape[:2], 4), dtype=compute)
+    return out, h_n, c_n, gates.flatten(2) if kind == "all" else nothing.clone(), cells, stats
 
 
 def stack_by_aten(
@@ -89,6 +117,13 @@ def gradients_by_pytorch(given: Cotangents, v: Inputs, options: Options, wanted:
         floating = {name: t for name, t in v._asdict().items() if t is not None and t.is_floating_point()}
         leaves = v._replace(**{name: tensor.detach().requires_grad_() for name, tensor in floating.items()})
         return _gradients(given, leaves, options, wanted, False)
+
+
+def gradients_in_an_operator(given: Cotangents, v: Inputs, options: Options, wanted: list[bool]) -> list[Tensor]:
+    """The same inside an operator, where nothing records gradients: in a thread of its own."""
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(gradients_by_pytorch, given, v, options, wanted).result()
+    return [gradient.contiguous() for gradient in found]
 
 
 def _gradients(given: Cotangents, v: Inputs, options: Options, wanted: list[bool], create_graph: bool) -> list[Tensor]:

@@ -3,7 +3,7 @@
 `torch.ops.lstm_triton.layer` and `torch.ops.lstm_triton.layer_backward` are opaque to compilers, have
 fake kernels and rules for vmap, and are linked by a registered autograd formula. They run the Triton
 kernels: on a GPU, or on CPU tensors in Triton's interpreter. Nothing here decides *whether* to use them,
-but an exported program may find itself on a device without them: inference then runs in plain PyTorch.
+but an exported or compiled program may find itself on a device without them: it then runs in plain PyTorch.
 
 Shapes, with [S] = [T, B], or [B, T] with batch_first, and D sets of weights: the directions of the layer
 (of each member of an ensemble in turn):
@@ -50,7 +50,7 @@ from . import backward as backward_pass
 from . import first_use, windows
 from . import forward as forward_pass
 from .choice import refusal
-from .fallback import gradients_by_pytorch, gradients_with_a_graph, without_kernels
+from .fallback import gradients_by_pytorch, gradients_in_an_operator, gradients_with_a_graph, layer_without_kernels
 from .records import DIFFERENTIABLE, Choices, Cotangents, Inputs, Kept, Options, Results, read, schema_of
 
 Result = TypeVar("Result")
@@ -60,13 +60,17 @@ def compute_layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     """Of `Inputs` and `Choices`: out, h_n, c_n and what `keep` says; see the module's docstring."""
     v, choices = read(arguments, Inputs, Choices)
     options = choices.options()
-    reason = refusal(v, options)
-    if reason and (options.keep.kind != "nothing" or options.batch_invariant or options.plans):
-        raise RuntimeError(f"lstm_triton: {reason}")
-    if reason:
-        found = without_kernels(v, options.batch_first, options.bidirectional, options.cell)
-        return *found, *(v.x.new_empty(0) for _ in range(3))
+    if _runs_without_kernels(v, options):
+        return layer_without_kernels(v, options)  # type: ignore[return-value]
     return layer_by_kernels(v, options)
+
+
+def _runs_without_kernels(v: Inputs, options: Options) -> bool:
+    """Whether a program that has been exported or compiled for any device is on one without kernels."""
+    reason = refusal(v, options)
+    if reason and (options.batch_invariant or options.plans):
+        raise RuntimeError(f"lstm_triton: {reason}")
+    return bool(reason)
 
 
 def layer_by_kernels(
@@ -156,6 +160,8 @@ def compute_layer_backward(*arguments: Any, memory: Memory | None = None) -> lis
     in that order and in the types of their inputs. memory: see `by_kernels`."""
     given, v, kept, choices, wanted = read(arguments, Cotangents, Inputs, Kept, Choices)
     options, asked = choices.options(), dict(zip(DIFFERENTIABLE, wanted))
+    if _runs_without_kernels(v, options):
+        return gradients_in_an_operator(given, v, options, wanted)
 
     def run(memory: Memory) -> dict[str, Tensor]:
         if options.keep.size:

@@ -6,12 +6,12 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import functional
 from ..functional.checks import State, check_options, of_type
 from ..planning.route import by_torch_alone, compute_dtype, kernel_refusal
-from ..planning.transforms import aten_can
+from ..planning.transforms import aten_can, traced_by_fx
 from ..variant import Variant
 
 
@@ -59,6 +59,8 @@ class LSTMCell(nn.LSTMCell):
                 (batched input only). A row that is not active keeps even a state that is marked.
             reset_state: h and c, each [H] for all rows or [B, H].
         """
+        if type(input) is fx.Proxy:
+            return traced_by_fx(self, input, hx, active=active, reset=reset, reset_state=reset_state)
         plain = active is None and reset is None and reset_state is None
         alone = plain and by_torch_alone(self.backend, input.device)
         refusal = "" if alone else self.refusal(input)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..functional import States
@@ -14,11 +14,11 @@ from ..functional.checks import State, check_options, check_pair, of_type
 from ..functional.decision import Marks
 from ..functional.stack import run_decided, run_stack
 from ..planning.device import on_gpu
-from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, slower_reason
-from ..planning.transforms import aten_can, exporting, untraced
+from ..planning.route import Request, by_torch_alone, compute_dtype, kernel_refusal, refused, slower_reason
+from ..planning.transforms import aten_can, exporting, rnns_are_traced, traced_by_fx, untraced
 from ..variant import PLAIN, Variant
 from .nested import nested_like, padded_of
-from .path import Call, rival, stack_of
+from .path import EXPANDED, Call, rival, stack_of, weights_are_expanded
 from .weights import add_weights, check_start, fill_own
 
 
@@ -138,7 +138,8 @@ class LSTM(nn.RNNBase):
 
     def refusal(self, input: Tensor) -> str:
         """Why a call on a tensor like `input` takes PyTorch's path; "" if it takes the kernels."""
-        return kernel_refusal(*self._request(input))
+        expanded = not torch.compiler.is_compiling() and weights_are_expanded(self)
+        return kernel_refusal(*self._request(input)) if not expanded else refused(self.backend, EXPANDED)
 
     def _request(self, input: Tensor) -> Request:
         # Not self.weight_ih_l0: to read a parametrized weight is to compute it, drawing its random numbers once more.
@@ -187,10 +188,16 @@ class LSTM(nn.RNNBase):
             output and (h_n, c_n), shaped as nn.LSTM shapes them, and with return_states the states
             of every step, in the form of the input: padded, packed or nested.
         """
+        if type(input) is fx.Proxy:
+            return traced_by_fx(
+                self, input, hx, lengths=lengths, reset=reset, reset_state=reset_state, return_states=return_states
+            )
         packed = isinstance(input, PackedSequence)
         data: Tensor = input.data if packed else input  # type: ignore[assignment]
         nested = not packed and data.is_nested
         unmarked = lengths is None and reset is None and reset_state is None
+        if not isinstance(return_states, str):  # which is an error that others raise
+            return_states = tuple(return_states)
         if not unmarked and (packed or nested):
             kind = "nested tensor" if nested else "PackedSequence"
             raise ValueError(f"a {kind} has its own lengths: lengths= and reset= go with a padded tensor")
@@ -217,7 +224,7 @@ class LSTM(nn.RNNBase):
         if plain and (alone or refusal) and aten_can():
             if hx is not None:
                 hx = of_type(hx, data.dtype)
-            if traced and (torch.is_grad_enabled() or on_gpu(data.device)):
+            if traced and (torch.is_grad_enabled() or on_gpu(data.device)) and not rnns_are_traced():
                 return untraced(nn.LSTM.forward, self, input, hx)
             if call is not None:
                 call.memory[call.key] = "torch"

@@ -20,12 +20,19 @@ from ..planning.transforms import aten_can, autocast_is_on
 
 def stack_of(module: Any, batch_first: bool, return_states: Sequence[str]) -> Stack:
     """The options of a call of the module."""
-    asked = return_states if isinstance(return_states, str) else tuple(return_states)
     return Stack(
         module.bias, module.num_layers, module.proj_size, module.dropout, module.training, module.bidirectional,
-        batch_first, asked, module.recompute, module.batch_invariant, module.variant, module.backend,
+        batch_first, return_states, module.recompute, module.batch_invariant, module.variant, module.backend,
         module.precision or "",
     )  # fmt: skip
+
+
+EXPANDED = "the weights are those of torch.nn.utils' per-sample gradients, which only PyTorch's own LSTM computes"
+
+
+def weights_are_expanded(module: Any) -> bool:
+    """Whether `call_for_per_sample_grads` has put its ExpandedWeights in the parameters' place."""
+    return any(type(tensor).__name__ == "ExpandedWeight" for tensor in module._parameters.values())
 
 
 class Call(NamedTuple):
@@ -79,7 +86,7 @@ def rival(module: Any, input: Tensor, hx: State | None = None) -> tuple[cudnn.Ca
         return None
     sizes = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
     seq_len, batch = sizes[::-1] if module.batch_first and input.dim() == 3 else sizes
-    dtype = compute_dtype(input.device.type, module._flat_weights[0].dtype)  # type: ignore[union-attr]
+    dtype = compute_dtype(input.device.type, module._flat_weights[0].dtype)
     directions = 2 if module.bidirectional else 1
     call = cudnn.Call(module.input_size, module.hidden_size, batch, module.num_layers, directions, dtype)
     return call, module.precision or "", trained, seq_len
@@ -90,5 +97,5 @@ def _computed_alike(module: Any, input: Tensor) -> bool:
     kind = input.device.type
     if autocast_is_on(kind) and str(torch.get_autocast_dtype(kind)) != f"torch.{cudnn.UNDER_AUTOCAST}":
         return False
-    of_float32 = module._flat_weights[0].dtype == torch.float32  # type: ignore[union-attr]
+    of_float32 = module._flat_weights[0].dtype == torch.float32
     return not (of_float32 and module.precision) or module.precision == resolve_precision("")

@@ -132,11 +132,16 @@ def kernel_refusal(*fields: Any) -> str:
     gpu = on_gpu(request.device)
     if request.backend == "auto" and gpu and strict():
         request = request._replace(backend="triton")
-    reason = possible_refusal(request)
-    if reason and request.backend == "triton":
-        raise RuntimeError(f'backend="triton" is not possible: {reason}')
+    reason = refused(request.backend, possible_refusal(request))
     if reason and gpu:
         log_once(reason)
+    return reason
+
+
+def refused(backend: str, reason: str) -> str:
+    """The reason; an error, where there is one, if nothing but the kernels was asked for."""
+    if reason and backend == "triton":
+        raise RuntimeError(f'backend="triton" is not possible: {reason}')
     return reason
 
 
@@ -158,6 +163,11 @@ def possible_refusal(request: Request) -> str:
     return _refusal(kernel_device(request.device), request) or refused_transform()
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device at all."""
+    return not isinstance(kernel_device(device), NoPlan)
+
+
 def kernel_hidden_size(*fields: Any) -> int:
     """The hidden size that the kernels compute a plain layer by, see `padding.py`; fields: those of a `Request`."""
     request = Request(*fields)
@@ -171,6 +181,7 @@ def kernel_hidden_size(*fields: Any) -> int:
 # A constant of a compiled model: this is what `torch.compiler.assume_constant_result` sets, which
 # would import TorchDynamo, a second of import time.
 kernel_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 kernel_hidden_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

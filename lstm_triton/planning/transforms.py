@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 
@@ -84,6 +84,23 @@ def autocast_is_on(device_type: str) -> bool:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """What has been cast stays as it is: some operators, such as layer_norm on CUDA, would be cast once more."""
     return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
+
+
+def rnns_are_traced() -> bool:
+    """Whether TorchDynamo has been told to trace nn.LSTM, by `torch._dynamo.config.allow_rnn`."""
+    return bool(torch._dynamo.config.allow_rnn)
+
+
+rnns_are_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traced_by_fx(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """The call as one node of the graph that torch.fx is tracing, as a call of nn.LSTM is; None if none is traced."""
+    tracer: Any = next((value.tracer for value in arguments if isinstance(value, fx.Proxy)), None)
+    if tracer is None:
+        return None
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
 
 
 def untraced(function: Any, *arguments: Any) -> Any:

@@ -7,13 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lstm_triton
-from lstm_triton import LSTM
+from lstm_triton import LSTM, LSTMCell
+from lstm_triton.layer import choice
+from lstm_triton.planning import route
+from lstm_triton.planning.planner import NoPlan
+from lstm_triton.variant import PLAIN
 
 T, B = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("B", min=2, max=512)
 BACKENDS = ["auto", "triton"]
@@ -97,25 +102,121 @@ def test_a_decomposed_program_runs_without_this_library(tmp_path: Path) -> None:
     subprocess.run(run, check=True, cwd=tmp_path)
 
 
-def test_training_programs_are_refused_a_decomposition() -> None:
-    module = LSTM(4, 5, batch_first=True, backend="triton")
-    program = torch.export.export(module, (torch.randn(3, 5, 4),))
-    with pytest.raises(RuntimeError, match=r"export under torch\.no_grad\(\)"):
-        program.run_decompositions(lstm_triton.decompositions())
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no device for kernels."""
+    for module in (choice, route):
+        monkeypatch.setattr(module, "kernel_device", lambda device: NoPlan("there is no GPU"))
 
 
-def test_the_operator_without_kernels_has_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lstm_triton.layer import choice as layer
-    from lstm_triton.planning.planner import NoPlan
+class Step(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = LSTMCell(4, 5)
 
-    monkeypatch.setattr(layer, "kernel_device", lambda device: NoPlan("there is no GPU"))
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cell(x, (h, c))
+
+
+WITH_GRADIENTS = {
+    "plain": (LSTM(4, 5, 2, bidirectional=True), (torch.randn(6, 3, 4),)),
+    "recompute": (LSTM(4, 5, recompute="gates"), (torch.randn(6, 3, 4),)),
+    "chunks": (LSTM(4, 5, recompute="chunk:4"), (torch.randn(6, 3, 4),)),
+    "variants": (LSTM(4, 5, layer_norm=True, peephole=True, zoneout=(0.1, 0.2)), (torch.randn(6, 3, 4),)),
+    "projection": (LSTM(4, 5, proj_size=2), (torch.randn(6, 3, 4),)),
+    "cell": (Step(), (torch.randn(3, 4), torch.randn(3, 5), torch.randn(3, 5))),
+}
+
+
+@pytest.mark.parametrize(("module", "x"), WITH_GRADIENTS.values(), ids=WITH_GRADIENTS)
+@pytest.mark.parametrize("mode", ["evaluation", "decomposed", "training"])
+def test_exported_with_gradients(module: torch.nn.Module, x: tuple, mode: str, nowhere: None) -> None:
+    """As the documentation of torch.export does it; and run, and gone back through, where there are no kernels."""
+    module.train(mode == "training" and getattr(module, "variant", PLAIN) == PLAIN)
+    program = torch.export.export(module, x)
+    if mode == "decomposed":
+        program = program.run_decompositions(lstm_triton.decompositions())
+    with torch.no_grad():
+        for got, want in zip(tree_leaves(program.module()(*x)), tree_leaves(module(*x))):
+            torch.testing.assert_close(got, want)
+    if mode == "decomposed":
+        return
+    found = []
+    for one in (program.module(), module):
+        sum(tensor.square().sum() for tensor in tree_leaves(one(*x))).backward()
+        found.append({name: parameter.grad for name, parameter in one.named_parameters()})
+        one.zero_grad()
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want)
+
+
+def test_the_operator_without_kernels(nowhere: None) -> None:
     x, weights = torch.randn(3, 2, 4), (torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20))
     nothing = (None,) * 11
-    options = (False, False, "nothing", False, "ieee", "", "")
-    out, h_n, *_ = torch.ops.lstm_triton.layer(x, *weights, *nothing, *options)
-    torch.testing.assert_close(out[-1], h_n[0])
+    for keep in ("nothing", "cells", "all", "chunk:2"):
+        arguments = (x, *weights, *nothing, False, False, keep, False, "ieee", "", "")
+        found = torch.ops.lstm_triton.layer(*arguments)
+        torch.testing.assert_close(found[0][-1], found[1][0])
+        torch.library.opcheck(torch.ops.lstm_triton.layer.default, arguments, test_utils="test_faketensor")
     with pytest.raises(RuntimeError, match="there is no GPU"):
-        torch.ops.lstm_triton.layer(x, *weights, *nothing, False, False, "all", False, "ieee", "", "")
+        torch.ops.lstm_triton.layer(x, *weights, *nothing, False, False, "nothing", True, "ieee", "", "")
+
+
+ONNX = {
+    "plain": LSTM(4, 5, 2, bidirectional=True, batch_first=True),
+    "variants": LSTM(4, 5, layer_norm=True, learn_initial_state=True, batch_first=True),
+    "projection": LSTM(4, 5, proj_size=2, batch_first=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("module", ONNX.values(), ids=ONNX)
+def test_onnx(module: LSTM, tmp_path: Path) -> None:
+    """By PyTorch's exporter as it comes, with sizes that are open, run by onnxruntime."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), module).eval()
+    program = torch.onnx.export(model, (torch.randn(2, 5, 3),), dynamic_shapes=({0: B, 1: T},), verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch, seq_len in ((2, 5), (3, 9)):
+        x = torch.randn(batch, seq_len, 3)
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for got, want in zip(found, tree_leaves(model(x))):
+            torch.testing.assert_close(torch.from_numpy(got), want.detach(), rtol=1e-4, atol=1e-5)
+
+
+MARKED = {
+    "lengths": ({}, dict(lengths=torch.tensor([3, 1]))),
+    "resets": ({}, dict(reset=torch.rand(3, 2) < 0.5)),
+    "variant": (dict(layer_norm=True, peephole=True), {}),
+    "states": (dict(recompute="gates"), dict(return_states=("c",))),
+}
+
+
+@pytest.mark.parametrize(("options", "given"), MARKED.values(), ids=MARKED)
+def test_compiled_without_kernels(options: dict, given: dict, nowhere: None) -> None:
+    """One graph, as long for any T, with the results of the loop."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    module, x = LSTM(4, 5, 2, **options), torch.randn(3, 2, 4)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, found = torch.compile(module, fullgraph=True, backend=counter), []
+    for one in (module, compiled):
+        results = tree_leaves(one(x, **given))
+        found.append([*results, *torch.autograd.grad(results[0].square().sum(), list(module.parameters()))])
+    for got, want in zip(found[1], found[0]):
+        torch.testing.assert_close(got, want)
+    assert counter.op_count < 80
+
+
+def test_who_lets_dynamo_trace_rnns_gets_one_graph(nowhere: None) -> None:
+    module, x = LSTM(4, 5), torch.randn(3, 2, 4)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x)[0], module(x)[0])
+        compiled(x)[0].sum().backward()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(module, fullgraph=True, backend="eager")(x)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, and there is none")

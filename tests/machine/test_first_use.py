@@ -16,7 +16,7 @@ from torch import nn
 from lstm_triton import LSTM
 from lstm_triton.kernels import backward, forward
 from lstm_triton.layer import comparison, first_use
-from lstm_triton.planning import route, store
+from lstm_triton.planning import memory, route, store
 from lstm_triton.planning.table import Entry
 
 pytestmark = pytest.mark.machine
@@ -54,6 +54,7 @@ def forget() -> None:
     first_use._warn_once.cache_clear()
     route._wrong.clear()
     route._refusal.cache_clear()
+    memory.forget()
 
 
 def train(module: LSTM, x: torch.Tensor, **marks: torch.Tensor) -> list[torch.Tensor]:

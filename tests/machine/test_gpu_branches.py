@@ -21,6 +21,7 @@ from lstm_triton.commands import tune
 from lstm_triton.functional import stack
 from lstm_triton.layer import choice, fallback, first_use
 from lstm_triton.modules import lstm as module
+from lstm_triton.modules import path as modules_path
 from lstm_triton.planning import device, route, store
 from lstm_triton.planning.cudnn import Call
 from lstm_triton.planning.planner import NoPlan
@@ -31,7 +32,7 @@ from .driver import Machine, running
 
 pytestmark = pytest.mark.machine
 
-ASKING = (choice, fallback, first_use, module, route, stack, tune)
+ASKING = (choice, fallback, first_use, module, modules_path, route, stack, tune)
 PACKAGE = Path(lstm_triton.__file__).parent
 
 

@@ -113,10 +113,11 @@ def test_corrections_move_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the way of a GPU's, up to the choice of the path."""
     from lstm_triton.modules import lstm as module
+    from lstm_triton.modules import path
 
     for place in (route, sys.modules["lstm_triton.explain"]):
         monkeypatch.setattr(place, "kernel_device", lambda device: H100)
-    for place in (route, module):
+    for place in (route, module, path):
         monkeypatch.setattr(place, "on_gpu", lambda device: True)
 
 
