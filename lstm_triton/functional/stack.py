@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layer import eager, op
 from ..layer import vmap as vmap  # registers what vmap makes of the operators
 from ..layer.export import layer_for_onnx
-from ..layer.fallback import layer_by_pytorch, stack_by_aten
+from ..layer.fallback import layer_by_pytorch, stack_by_aten, stack_by_packing
 from ..layer.records import Inputs, LayerResult
 from ..planning.device import on_gpu
 from ..planning.memory import Memory, memory
@@ -27,6 +27,9 @@ from .padding import padded_layer
 from .projection import projected_layer
 from .weights import layer_weights
 
+# T^2 * B * H up to which packing is trained faster than the loop over steps on a CPU: the gradient of a packed step is
+# a tensor as large as the sequence. Measured at T = 330 (B = 16, H = 32) and 75 (32, 256): perf/cpu_overhead.py.
+MOST_PACKED = 50_000_000
 KEEP = {"none": "all", "gates": "cells"}  # what the operator keeps for a recompute mode; "chunk:K" is both
 
 
@@ -163,8 +166,9 @@ def run_decided(
         weights = list(weights)
         for index in range(1, len(weights), len(sizes.names)):
             weights[index] = F.dropout(weights[index], variant.weight_dropout)
-    by_aten = False
+    by_aten = packs = False
     if refusal:
+        packs = lengths is not None and _packs(input, hx, weights, decided, stack, marks)
         by_aten = kind == "plain" and lengths is None and marks.reset is None and not stack.return_states
         if by_aten and aten_can():
             if stack.recompute == "none":
@@ -172,7 +176,7 @@ def run_decided(
                     input, hx, weights, stack.bias, stack.num_layers, stack.dropout, training, stack.bidirectional,
                     batch_first, of_states,
                 )  # fmt: skip
-        elif on_gpu(device):
+        elif on_gpu(device) and not packs:
             warn_once_of_the_loop(refusal)
     cell = variant.cell(training)
     seeds = None
@@ -180,6 +184,11 @@ def run_decided(
         seeds = torch.randint(2**62, (stack.num_layers,), device=device).repeat_interleave(sizes.directions)
     if lengths is not None:
         lengths = lengths.to(device, torch.int64)  # once, for all layers and both passes
+        if packs:
+            return stack_by_packing(
+                input, hx, weights, lengths, stack.bias, stack.num_layers, stack.dropout, training,
+                stack.bidirectional, batch_first, of_states,
+            )  # fmt: skip
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 
@@ -237,6 +246,20 @@ def run_decided(
         return results[-1].out, h_n, c_n
     padding = None if lengths is None else _padding(lengths, input, batch_first)
     return results[-1].out, h_n, c_n, _asked_states(results, stack.return_states, sizes.directions, padding)
+
+
+def _packs(
+    input: Tensor, hx: State | None, weights: Sequence[Tensor], decided: Decided, stack: Stack, marks: Marks
+) -> bool:
+    """Whether rows of their own lengths, which the kernels do not run, are packed for PyTorch's own LSTM."""
+    if decided.kind != "plain" or marks.reset is not None or stack.return_states or stack.recompute != "none":
+        return False
+    if torch.compiler.is_compiling() or exporting() or not aten_can() or not input.numel():
+        return False
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, *(hx or ()), *weights))
+    seq_len = input.shape[1 if stack.batch_first else 0]
+    size = input.shape[0] * input.shape[1] * seq_len * decided.hidden_size
+    return not trained or on_gpu(input.device) or size <= MOST_PACKED
 
 
 def _keep(v: Inputs, stack: Stack) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.config import PLAIN_CELL, Cell, compute_dtype
@@ -77,10 +78,51 @@ def stack_by_aten(
     sizes: tuple[int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All plain layers at once. sizes: of the states, L * D, B, H or P, H."""
-    if hx is None:
-        states, batch, out_size, hidden_size = sizes
-        hx = input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
+    hx = _zeros(input, sizes) if hx is None else hx
     return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
+
+
+def _zeros(input: Tensor, sizes: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    states, batch, out_size, hidden_size = sizes
+    return input.new_zeros((states, batch, out_size)), input.new_zeros((states, batch, hidden_size))
+
+
+def stack_by_packing(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    sizes: tuple[int, int, int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`stack_by_aten` on rows that end at their lengths [B] int64; what stands beyond them is not read."""
+    hx = _zeros(input, sizes) if hx is None else hx
+    seq_len, empty = input.shape[1 if batch_first else 0], None
+    ends = lengths.cpu()
+    if int(ends.min()) == 0:  # a packed row has a step at least
+        empty, ends = lengths == 0, ends.clamp(min=1)
+        of_rows = empty.view((-1, 1, 1) if batch_first else (1, -1, 1))
+        input = input.masked_fill(of_rows, 0)
+    packed = pack_padded_sequence(input, ends, batch_first, enforce_sorted=False)
+    order, back = packed.sorted_indices, packed.unsorted_indices
+    assert order is not None
+    assert back is not None
+    state = [each.index_select(1, order) for each in hx]
+    data, h_n, c_n = torch._VF.lstm(
+        packed.data, packed.batch_sizes, state, list(weights), bias, num_layers, dropout, training, bidirectional
+    )
+    found = PackedSequence(data, packed.batch_sizes, order, back)
+    out, _ = pad_packed_sequence(found, batch_first, total_length=seq_len)
+    h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back)
+    if empty is not None:
+        out = out.masked_fill(of_rows, 0)
+        h_n, c_n = (torch.where(empty.unsqueeze(-1), first, last) for first, last in zip(hx, (h_n, c_n)))
+    return out, h_n, c_n
 
 
 def layer_by_pytorch(

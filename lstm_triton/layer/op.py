@@ -160,7 +160,7 @@ def compute_layer_backward(*arguments: Any, memory: Memory | None = None) -> lis
     in that order and in the types of their inputs. memory: see `by_kernels`."""
     given, v, kept, choices, wanted = read(arguments, Cotangents, Inputs, Kept, Choices)
     options, asked = choices.options(), dict(zip(DIFFERENTIABLE, wanted))
-    if _runs_without_kernels(v, options):
+    if memory is None and _runs_without_kernels(v, options):
         return gradients_in_an_operator(given, v, options, wanted)
 
     def run(memory: Memory) -> dict[str, Tensor]:
