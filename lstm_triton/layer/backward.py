@@ -168,18 +168,18 @@ def _weight_gradients(
         dprojected, dgain = norm_gates_backward(dprojected, flat, v.gain_ih, options.cell.coupled_gates)
         if wanted["gain_ih"]:
             grads["gain_ih"] = dgain
-    by_member = dprojected.view(rows, members, own_gates).transpose(0, 1)
-    if wanted["x"]:
+    if members == 1:
+        by_row, weights, x = dprojected.view(rows, own_gates), v.w_ih.flatten(0, 1), x.reshape(rows, x.shape[-1])
+    else:
+        by_row = dprojected.view(rows, members, own_gates).transpose(0, 1)
         weights = v.w_ih.reshape(members, own_gates, v.w_ih.shape[2])
-        if members == 1:
-            dx = options.multiply(by_member[0], weights[0])
-        else:
-            dx = options.multiply(by_member, weights).transpose(0, 1)
-        dx = dx.reshape(v.x.shape)
+        x = x.reshape(rows, members, x.shape[-1]).transpose(0, 1)
+    if wanted["x"]:
+        dx = options.multiply(by_row, weights)
+        dx = (dx if members == 1 else dx.transpose(0, 1)).reshape(v.x.shape)
         grads["x"] = dx if mask is None else dx * mask
     if wanted["w_ih"]:
-        x = x.reshape(rows, members, x.shape[-1]).transpose(0, 1)
-        grads["w_ih"] = (by_member.transpose(1, 2) @ x).view(v.w_ih.shape)
+        grads["w_ih"] = (by_row.mT @ x).view(v.w_ih.shape)
     if wanted["w_hh"] and operand is not None:
         grads["w_hh"] = of_product.permute(1, 2, 0) @ operand.permute(1, 0, 2)
     if wanted["bias"]:

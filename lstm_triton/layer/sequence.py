@@ -92,6 +92,9 @@ def recurrent_weight_gradient(
     step, on top of the initial states' share. (Beyond a row's length both are 0.)
     """
     sets, hidden_size = out.shape[2:]
+    if sets == 1 and h_0 is None:
+        d, h = (dgates[:-1], out[1:]) if order == "reverse" else (dgates[1:], out[:-1])
+        return (d.flatten(0, 2).t() @ h.flatten(0, 2)).unsqueeze(0)
     if h_0 is None:
         result = dgates.new_empty((sets, 4 * hidden_size, hidden_size))
     else:
