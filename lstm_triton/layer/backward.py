@@ -100,8 +100,8 @@ def backward(
         ready(given.out),
         ready(given.h_n),
         ready(given.c_n),
-        gates,
-        cells,
+        aligned(gates),  # hooks on saved tensors may have put them anywhere
+        aligned(cells),
         aligned(v.w_hh),
         ready(v.c_0),
         layout,
@@ -115,7 +115,7 @@ def backward(
         dactivated=ready(given.gates),
         variants=variants,
         product=product,
-        stats=None if v.gain_hh is None else stats,  # the operator has an empty tensor: another signature
+        stats=None if v.gain_hh is None else ready(stats),  # the operator has an empty tensor: another signature
         launch=launch,
     )
     of_product = found.dgates if found.dproduct is None else found.dproduct

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from engines import Engine
 
 from lstm_triton import LSTM, functional
 from lstm_triton.functional import stack
@@ -85,6 +86,31 @@ def test_weights_are_those_of_the_moment() -> None:
     with torch.no_grad():
         module.parametrizations.weight_hh_l0.original0.mul_(0)
     assert not torch.allclose(module(x)[0], want)
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that does not start at a multiple of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(layer_norm=True, recompute="gates")], ids=["plain", "variant"])
+def test_a_binary_for_aligned_pointers_gets_no_others(engine: Engine, options: dict) -> None:
+    """Neither from the caller, nor from hooks that have put saved tensors elsewhere."""
+    module = LSTM(8, 16, backend="triton", **options).half()
+    x, state = torch.randn(2, 3, 8).half(), (torch.randn(1, 3, 16).half(), torch.randn(1, 3, 16).half())
+
+    def run(move) -> list[torch.Tensor]:
+        given = [move(tensor).requires_grad_() for tensor in (x, *state)]
+        out, (h_n, c_n) = module(given[0], (given[1], given[2]))
+        pairs = [move(tensor.detach()) for tensor in (out, h_n, c_n)]
+        return [out, *torch.autograd.grad((out, h_n, c_n), [*given, *module.parameters()], pairs)]
+
+    with engine():
+        want = run(torch.clone)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unaligned):
+            found = run(unaligned)
+    for got, expected in zip(found, want, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_a_gradient_is_kept_for_when_it_is_asked_for() -> None:
