@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..kernels.config import PLAIN_CELL
@@ -91,9 +92,17 @@ def signature_of(
     """What `decide` follows from; None where tensors are not what they seem, or somebody observes the call."""
     if not nobody_observes() or autocast_is_on(input.device.type):
         return None
+    try:
+        hash(stack)
+    except TypeError:  # an option that is none
+        return None
     of_tensors = _kinds((input, *weights)), _kinds(() if hx is None else hx), _kinds(marks[:2])
     of_state = _kinds(() if marks.reset_state is None else marks.reset_state)
-    return None if None in of_tensors or of_state is None else (stack, hx is None, *of_tensors, of_state)
+    return (
+        None
+        if None in of_tensors or of_state is None
+        else (stack, torch.is_grad_enabled(), hx is None, *of_tensors, of_state)
+    )
 
 
 def _kinds(tensors: Iterable[Tensor | None]) -> tuple | None:

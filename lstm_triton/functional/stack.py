@@ -19,7 +19,14 @@ from ..planning.device import on_gpu
 from ..planning.memory import Memory, memory
 from ..planning.route import Unusable, has_kernels, log_once, warn_once_of_the_loop
 from ..planning.settings import strict
-from ..planning.transforms import aten_can, autocast_is_on, exporting, needs_gradient, without_autocast
+from ..planning.transforms import (
+    aten_can,
+    autocast_is_on,
+    exporting,
+    needs_gradient,
+    transformed,
+    without_autocast,
+)
 from ..variant import PLAIN, Variant
 from .checks import State, check_marks, reset_state_of
 from .decision import Decided, Marks, Stack, decide, signature_of
@@ -254,8 +261,10 @@ def _packs(
     """Whether rows of their own lengths, which the kernels do not run, are packed for PyTorch's own LSTM."""
     if decided.kind != "plain" or marks.reset is not None or stack.return_states or stack.recompute != "none":
         return False
-    if torch.compiler.is_compiling() or exporting() or not aten_can() or not input.numel():
+    if torch.compiler.is_compiling() or exporting() or transformed() or not input.numel():
         return False
+    if any(type(tensor) is not Tensor or tensor.is_meta for tensor in (input, marks.lengths)):
+        return False  # there are no lengths to look at
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, *(hx or ()), *weights))
     seq_len = input.shape[1 if stack.batch_first else 0]
     size = input.shape[0] * input.shape[1] * seq_len * decided.hidden_size

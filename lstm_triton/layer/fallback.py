@@ -104,7 +104,7 @@ def stack_by_packing(
     hx = _zeros(input, sizes) if hx is None else hx
     seq_len, empty = input.shape[1 if batch_first else 0], None
     ends = lengths.cpu()
-    if int(ends.min()) == 0:  # a packed row has a step at least
+    if torch.jit.is_tracing() or int(ends.min()) == 0:  # a packed row has a step at least
         empty, ends = lengths == 0, ends.clamp(min=1)
         of_rows = empty.view((-1, 1, 1) if batch_first else (1, -1, 1))
         input = input.masked_fill(of_rows, 0)

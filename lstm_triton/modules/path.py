@@ -53,7 +53,7 @@ class Call(NamedTuple):
         if not isinstance(input, Tensor) or input.dim() != 3:
             return None
         state = () if hx is None else hx
-        if hx is not None and [isinstance(each, Tensor) for each in hx] != [True, True]:
+        if isinstance(hx, Tensor) or [isinstance(each, Tensor) for each in state] not in ([], [True, True]):
             return None
         try:  # the parameters themselves, without the search for replaced ones that `_flat_weights` would need
             weights = [module._parameters[name] for name in module._flat_weights_names]
@@ -63,9 +63,8 @@ class Call(NamedTuple):
         signature = signature_of(input, hx, weights, stack, marks)
         if signature is None:
             return None
-        grad = torch.is_grad_enabled()
-        trained = grad and any(tensor.requires_grad for tensor in (input, *state, *weights))
-        return cls(stack, weights, signature, memory(), ("module", signature, grad, trained))
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, *state, *weights))
+        return cls(stack, weights, signature, memory(), ("module", signature, trained))
 
 
 def rival(module: Any, input: Tensor, hx: State | None = None) -> tuple[cudnn.Call, str, bool, int] | None:

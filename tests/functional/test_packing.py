@@ -80,6 +80,29 @@ def test_what_cannot_be_packed(options: dict, marks: dict, packed: list[int]) ->
     assert not packed
 
 
+def test_torch_jit_trace() -> None:
+    """What is traced with full rows takes empty ones."""
+    module, x = LSTM(5, 4, backend="torch"), torch.randn(T, B, 5)
+    traced = torch.jit.trace(lambda x, ends: module(x, lengths=ends)[0], (x, torch.tensor([3, 6, 1, 6])))
+    ends = torch.tensor([0, 2, 6, 0])
+    torch.testing.assert_close(traced(x, ends), module(x, lengths=ends)[0])
+
+
+def test_lengths_that_cannot_be_looked_at(packed: list[int]) -> None:
+    module, x, ends = LSTM(5, 4, backend="torch"), torch.randn(T, B, 5), torch.tensor([3, 6, 0, 6])
+    with torch.device("meta"):
+        assert LSTM(5, 4)(torch.empty(T, B, 5), lengths=torch.empty(B, dtype=torch.int64))[0].shape == (T, B, 4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return module(x, lengths=ends)[0].sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    assert packed == [1]
+    torch.testing.assert_close(torch.func.grad(loss)(x), want)
+    torch.testing.assert_close(torch.func.functionalize(loss)(x), loss(x))
+
+
 def test_no_rows_and_transforms(packed: list[int]) -> None:
     module, ends = LSTM(5, 4, backend="torch"), torch.tensor([3, 6, 1, 6])
     assert module(torch.randn(T, 0, 5), lengths=torch.zeros(0, dtype=torch.int64))[0].shape == (T, 0, 4)

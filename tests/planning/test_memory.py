@@ -124,9 +124,22 @@ def test_a_gradient_is_kept_for_when_it_is_asked_for() -> None:
     assert module(x.requires_grad_())[0].requires_grad
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("marks", [dict(return_states=["gates"]), dict(lengths=torch.tensor([2, 1]))], ids=str)
+def test_training_after_validation(backend: str, marks: dict) -> None:
+    """Where no gradient is recorded a cell without one is a plain cell."""
+    module = LSTM(3, 4, recurrent_grad_clip=1e-4, backend=backend)
+    with torch.no_grad():
+        module(torch.ones(2, 2, 3), **marks)
+    module(torch.ones(2, 2, 3), **marks)[0].sum().backward()
+    assert module.weight_hh_l0.grad.abs().max() < 1e-3
+
+
 ERRORS = {
     "no pair": (RuntimeError, lambda module, x: module(x, (torch.zeros(1, 2, 4),) * 3)),
     "no tensors": (Exception, lambda module, x: module(x, (None, None))),
+    "one tensor": (TypeError, lambda module, x: module(x, torch.zeros(2, 1, 2, 4))),
+    "no names": (ValueError, lambda module, x: module(x, return_states=[["c"]])),
     "nothing": (Exception, lambda module, x: module(x, ())),
     "size": (RuntimeError, lambda module, x: module(x, (torch.zeros(1, 3, 4),) * 2)),
     "inputs": (RuntimeError, lambda module, x: module(torch.randn(2, 2, 5))),
@@ -140,6 +153,7 @@ ERRORS = {
 def test_an_error_is_an_error_each_time(error: type[Exception], call) -> None:
     module, x = LSTM(3, 4, backend="triton"), torch.randn(2, 2, 3)
     module(x)
+    module(x, (torch.zeros(1, 2, 4),) * 2)
     module(x, lengths=torch.tensor([1, 2]))
     for _ in range(2):
         with pytest.raises(error):
