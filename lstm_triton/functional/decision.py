@@ -98,11 +98,9 @@ def signature_of(
         return None
     of_tensors = _kinds((input, *weights)), _kinds(() if hx is None else hx), _kinds(marks[:2])
     of_state = _kinds(() if marks.reset_state is None else marks.reset_state)
-    return (
-        None
-        if None in of_tensors or of_state is None
-        else (stack, torch.is_grad_enabled(), hx is None, *of_tensors, of_state)
-    )
+    if None in of_tensors or of_state is None:
+        return None
+    return stack, torch.is_grad_enabled(), hx is None, *of_tensors, of_state
 
 
 def _kinds(tensors: Iterable[Tensor | None]) -> tuple | None:
