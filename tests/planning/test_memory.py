@@ -1,12 +1,16 @@
 """What is decided once for calls that are alike, and what makes it decided anew."""
 
+from typing import Any
+
 import pytest
 import torch
 import triton
 from engines import Engine
+from torch.utils._pytree import tree_leaves
 
 from lstm_triton import LSTM, functional
 from lstm_triton.functional import stack
+from lstm_triton.kernels import launch
 from lstm_triton.kernels.config import Config
 from lstm_triton.kernels.launch import LaunchRefused
 from lstm_triton.layer import eager, op
@@ -94,8 +98,18 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [dict(), dict(layer_norm=True, recompute="gates")], ids=["plain", "variant"])
-def test_a_binary_for_aligned_pointers_gets_no_others(engine: Engine, options: dict) -> None:
+def test_a_binary_for_aligned_pointers_gets_no_others(
+    engine: Engine, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither from the caller, nor from hooks that have put saved tensors elsewhere."""
+    real = launch.again
+
+    def noticing(binary: Any, grid: launch.Grid, arguments: list[Any]) -> None:
+        pointers = [tensor.data_ptr() for tensor in tree_leaves(arguments) if isinstance(tensor, torch.Tensor)]
+        assert not any(pointer % 16 for pointer in pointers)
+        real(binary, grid, arguments)
+
+    monkeypatch.setattr(launch, "again", noticing)
     module = LSTM(8, 16, backend="triton", **options).half()
     x, state = torch.randn(2, 3, 8).half(), (torch.randn(1, 3, 16).half(), torch.randn(1, 3, 16).half())
 
@@ -186,12 +200,8 @@ def test_what_surrounds_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", object())
         assert memory.memory() is not now
-    tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = not tf32
+    with torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32):
         assert memory.memory() is not now
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         assert memory.memory() is not now
