@@ -132,6 +132,8 @@ def a_loop_over_time_is_warned_of(machine, monkeypatch, caplog) -> None:
     route.warn_once_of_the_loop.cache_clear()
     x = torch.randn(3, 2, 4).double()
     LSTM(4, 16).double()(x, lengths=torch.tensor([3, 1]))
+    assert not [text for text in caplog.messages if "step by step" in text], "lengths are packed, training too"
+    LSTM(4, 16).double()(x, reset=torch.zeros(3, 2, dtype=torch.bool))
     assert [text for text in caplog.messages if "step by step in plain PyTorch" in text]
 
 
