@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.config import PLAIN_CELL
 from ..layer.eager import PLAIN_TYPES, nobody_observes
+from ..layer.fallback import AtenOptions
 from ..layer.records import Choices
 from ..planning.memory import Memory
 from ..planning.route import BACKENDS, PRECISIONS, Request, check_choice, kernel_hidden_size, kernel_refusal
@@ -48,6 +49,12 @@ class Stack(NamedTuple):
     def sizes(self) -> Sizes:
         directions = 2 if self.bidirectional else 1
         return Sizes(self.num_layers * directions, directions, self.proj_size, self.bias, self.variant)
+
+    @property
+    def for_aten(self) -> AtenOptions:
+        return AtenOptions(
+            self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raise what an option deserves that is none of its choices, or goes with no other."""

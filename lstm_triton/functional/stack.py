@@ -35,7 +35,8 @@ from .projection import projected_layer
 from .weights import layer_weights
 
 # T^2 * B * H up to which packing is trained faster than the loop over steps on a CPU: the gradient of a packed step is
-# a tensor as large as the sequence. Measured at T = 330 (B = 16, H = 32) and 75 (32, 256): perf/cpu_overhead.py.
+# a tensor as large as the sequence. Both took as long at about T = 330 (B = 16, H = 32) and T = 75 (32, 256), on a core
+# of an AMD EPYC.
 MOST_PACKED = 50_000_000
 KEEP = {"none": "all", "gates": "cells"}  # what the operator keeps for a recompute mode; "chunk:K" is both
 
@@ -179,10 +180,7 @@ def run_decided(
         by_aten = kind == "plain" and lengths is None and marks.reset is None and not stack.return_states
         if by_aten and aten_can():
             if stack.recompute == "none":
-                return stack_by_aten(
-                    input, hx, weights, stack.bias, stack.num_layers, stack.dropout, training, stack.bidirectional,
-                    batch_first, of_states,
-                )  # fmt: skip
+                return stack_by_aten(input, hx, weights, stack.for_aten, of_states)
         elif on_gpu(device) and not packs:
             warn_once_of_the_loop(refusal)
     cell = variant.cell(training)
@@ -192,10 +190,7 @@ def run_decided(
     if lengths is not None:
         lengths = lengths.to(device, torch.int64)  # once, for all layers and both passes
         if packs:
-            return stack_by_packing(
-                input, hx, weights, lengths, stack.bias, stack.num_layers, stack.dropout, training,
-                stack.bidirectional, batch_first, of_states,
-            )  # fmt: skip
+            return stack_by_packing(input, hx, weights, lengths, stack.for_aten, of_states)
         # Whatever stands in the padding, NaN included, must not reach a product.
         input = input.masked_fill(_padding(lengths, input, batch_first).unsqueeze(-1), 0)
 

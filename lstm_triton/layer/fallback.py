@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,21 +65,27 @@ def by_steps(v: Inputs, options: Options, loop: Callable[..., Any] = reference._
     return out, h_n, c_n, gates.flatten(2) if kind == "all" else nothing.clone(), cells, stats
 
 
+class AtenOptions(NamedTuple):
+    """Those of aten's lstm, in its order; of packed sequences it takes all but the last."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+
+
 def stack_by_aten(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    options: AtenOptions,
     sizes: tuple[int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All plain layers at once. sizes: of the states, L * D, B, H or P, H."""
     hx = _zeros(input, sizes) if hx is None else hx
-    return torch._VF.lstm(input, hx, list(weights), bias, num_layers, dropout, training, bidirectional, batch_first)
+    return torch._VF.lstm(input, hx, list(weights), *options)
 
 
 def _zeros(input: Tensor, sizes: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
@@ -92,16 +98,11 @@ def stack_by_packing(
     hx: tuple[Tensor, Tensor] | None,
     weights: Sequence[Tensor],
     lengths: Tensor,
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    options: AtenOptions,
     sizes: tuple[int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`stack_by_aten` on rows that end at their lengths [B] int64; what stands beyond them is not read."""
-    hx = _zeros(input, sizes) if hx is None else hx
+    hx, batch_first = _zeros(input, sizes) if hx is None else hx, options.batch_first
     seq_len, empty = input.shape[1 if batch_first else 0], None
     ends = lengths.cpu()
     if torch.jit.is_tracing() or int(ends.min()) == 0:  # a packed row has a step at least
@@ -113,9 +114,7 @@ def stack_by_packing(
     assert order is not None
     assert back is not None
     state = [each.index_select(1, order) for each in hx]
-    data, h_n, c_n = torch._VF.lstm(
-        packed.data, packed.batch_sizes, state, list(weights), bias, num_layers, dropout, training, bidirectional
-    )
+    data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, state, list(weights), *options[:-1])
     found = PackedSequence(data, packed.batch_sizes, order, back)
     out, _ = pad_packed_sequence(found, batch_first, total_length=seq_len)
     h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back)
